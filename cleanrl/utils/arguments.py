@@ -1,0 +1,63 @@
+"""Refuses command lines that make no sense before any work is done. Serves every training script."""
+
+import math
+import sys
+from typing import Any
+
+LEAST = {
+    "seed": 0,
+    "num_envs": 1,
+    "total_timesteps": 1,
+    "buffer_size": 1,
+    "n_step": 1,
+    "target_network_frequency": 1,
+    "batch_size": 1,
+    "learning_starts": 0,
+    "train_frequency": 1,
+    "teacher_eval_episodes": 1,
+    "teacher_steps": 1,
+    "offline_steps": 0,
+    "offline_eval_frequency": 1,
+    "eval_episodes": 1,
+    "distill_steps": 0,
+}
+FRACTIONS = ("repeat_action_probability", "gamma", "tau", "start_e", "end_e", "exploration_fraction")
+POSITIVE = ("learning_rate", "temperature")
+
+
+def check_arguments(args: Any) -> None:
+    """Checks a script's `Args`; an option that the script does not have, or that is None, is not looked at.
+
+    Raises:
+        SystemExit: with one line that names the option, its value and what it must be.
+    """
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    for name, value in options.items():
+        if name in LEAST and value < LEAST[name]:
+            refuse(name, value, f"must be at least {LEAST[name]}")
+        if name in FRACTIONS and not 0 <= value <= 1:
+            refuse(name, value, "must lie between 0 and 1")
+        if name in POSITIVE and not 0 < value < math.inf:
+            refuse(name, value, "must be a positive number")
+    if args.batch_size > args.buffer_size:
+        refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
+    if args.buffer_device == "cuda" and not args.cuda:
+        refuse("buffer_device", "cuda", "contradicts --no-cuda")
+    fewest_steps = args.n_step * args.num_envs
+    if options.get("teacher_steps", fewest_steps) < fewest_steps:
+        refuse(
+            "teacher_steps", args.teacher_steps, f"must be at least --n-step times --num-envs, {fewest_steps}"
+        )
+    if args.learning_starts >= args.total_timesteps:
+        warn(
+            f"--learning-starts {args.learning_starts} is not below --total-timesteps "
+            f"{args.total_timesteps}: nothing will be learned online"
+        )
+
+
+def refuse(option: str, value: object, demand: str) -> None:
+    raise SystemExit(f"error: --{option.replace('_', '-')} {value} {demand}")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,115 @@
+"""What is known of the Atari games: their ids, their actions, the random player's scores."""
+
+import difflib
+import re
+
+import ale_py
+import gymnasium as gym
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+
+# Mean return of a player who acts at random (Mnih et al., 2015; Agarwal et al., 2022).
+RANDOM_SCORES = {
+    "Alien": 227.8,
+    "Amidar": 5.8,
+    "Assault": 222.4,
+    "Asterix": 210.0,
+    "Asteroids": 719.1,
+    "Atlantis": 12850.0,
+    "BankHeist": 14.2,
+    "BattleZone": 2360.0,
+    "BeamRider": 363.9,
+    "Berzerk": 123.7,
+    "Bowling": 23.1,
+    "Boxing": 0.1,
+    "Breakout": 1.7,
+    "Centipede": 2090.9,
+    "ChopperCommand": 811.0,
+    "CrazyClimber": 10780.5,
+    "Defender": 2874.5,
+    "DemonAttack": 152.1,
+    "DoubleDunk": -18.6,
+    "Enduro": 0.0,
+    "FishingDerby": -91.7,
+    "Freeway": 0.0,
+    "Frostbite": 65.2,
+    "Gopher": 257.6,
+    "Gravitar": 173.0,
+    "Hero": 1027.0,
+    "IceHockey": -11.2,
+    "Jamesbond": 29.0,
+    "Kangaroo": 52.0,
+    "Krull": 1598.0,
+    "KungFuMaster": 258.5,
+    "MontezumaRevenge": 0.0,
+    "MsPacman": 307.3,
+    "NameThisGame": 2292.3,
+    "Phoenix": 761.4,
+    "Pitfall": -229.4,
+    "Pong": -20.7,
+    "PrivateEye": 24.9,
+    "Qbert": 163.9,
+    "Riverraid": 1338.5,
+    "RoadRunner": 11.5,
+    "Robotank": 2.2,
+    "Seaquest": 68.4,
+    "Skiing": -17098.1,
+    "Solaris": 1236.3,
+    "SpaceInvaders": 148.0,
+    "StarGunner": 664.0,
+    "Surround": -10.0,
+    "Tennis": -23.8,
+    "TimePilot": 3568.0,
+    "Tutankham": 11.4,
+    "UpNDown": 533.4,
+    "Venture": 0.0,
+    "VideoPinball": 0.0,
+    "WizardOfWor": 563.5,
+    "YarsRevenge": 3092.9,
+    "Zaxxon": 32.5,
+}
+
+
+def count_actions(env_id: str) -> int:
+    """The number of actions of an Atari game.
+
+    Raises:
+        SystemExit: with one line, if `env_id` is not a {Game}NoFrameskip-v4 with discrete actions.
+    """
+    atari_ids = [name for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
+    known_ids = [name for name in atari_ids if name.endswith("NoFrameskip-v4") and "-ram" not in name]
+    if env_id not in known_ids:
+        is_other_game = env_id in gym.registry and env_id not in atari_ids
+        fault = "is not an Atari game" if is_other_game else "is not known"
+        game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-.*)?$", "", env_id)
+        games = [name.removesuffix("NoFrameskip-v4") for name in known_ids]
+        similar = difflib.get_close_matches(game, games, n=1)
+        hint = "use a {Game}NoFrameskip-v4, as BreakoutNoFrameskip-v4"
+        if similar:
+            hint = f"did you mean {similar[0]}NoFrameskip-v4?"
+        raise SystemExit(f"error: --env-id {env_id} {fault}; {hint}")
+    env = gym.make(env_id)
+    action_space = env.action_space
+    env.close()
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise SystemExit(
+            f"error: --env-id {env_id} has the actions {action_space}; only Discrete ones can be learned"
+        )
+    return int(action_space.n)
+
+
+def random_return(env_id: str, return_normalization: str) -> float:
+    """What the distillation coefficient measures returns from: the random player's return, or 0 if "none".
+
+    Raises:
+        SystemExit: with one line, if the random player's score in that game is not known.
+    """
+    if return_normalization == "none":
+        return 0.0
+    game = env_id.removesuffix("NoFrameskip-v4")
+    if game not in RANDOM_SCORES:
+        raise SystemExit(
+            f"error: --return-normalization random: no random player's score is known for {env_id}; use none"
+        )
+    return RANDOM_SCORES[game]

@@ -1,0 +1,64 @@
+"""Plays whole games with a policy and reports their returns. Knows no framework and no algorithm."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+from cleanrl.utils.parallel_envs import IDLE, ParallelEnvs
+
+MAX_GAME_FRAMES = 108_000  # half an hour at 60 frames a second, the field's usual bound
+MAX_PARALLEL_GAMES = 16
+
+
+def evaluate(
+    make_env: Callable[..., gym.Env],
+    q_values: Callable[[np.ndarray], np.ndarray],
+    episodes: int,
+    seed: int | Sequence[int],
+    epsilon: float,
+    max_game_frames: int = MAX_GAME_FRAMES,
+    video_folder: Path | None = None,
+) -> list[float]:
+    """Plays `episodes` whole games side by side and returns their unclipped returns.
+
+    Which games count is settled before they start (copy k of n plays games k, k + n, …), so that short games
+    are not favoured. The same seed gives the same games.
+
+    Args:
+        make_env: makes an environment; takes the keywords `max_game_frames` and `video_folder`, and reports a
+            finished game as `ParallelEnvs` describes. Must be picklable.
+        q_values: from observations (n, *observation_shape) to Q-values (n, actions); n varies.
+        seed: of the environments and of the exploration.
+        epsilon: the probability of a random action.
+        max_game_frames: a game is cut off after this many emulator frames and counts with its return so far.
+        video_folder: where the first copy records its games as mp4 files; None: nowhere.
+
+    Raises:
+        WorkerError: an environment worker failed.
+    """
+    num_envs = min(episodes, MAX_PARALLEL_GAMES)
+    games_left = np.array([len(range(copy, episodes, num_envs)) for copy in range(num_envs)])
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    rng = np.random.default_rng(seed)
+    make_env = partial(make_env, max_game_frames=max_game_frames)
+    env_fns = [
+        partial(make_env, video_folder=video_folder if copy == 0 else None) for copy in range(num_envs)
+    ]
+    with ParallelEnvs(env_fns) as envs:
+        observations = envs.reset(seed)
+        while games_left.any():
+            playing = games_left > 0
+            actions = rng.integers(envs.action_space.n, size=num_envs)
+            greedy = playing & (rng.random(num_envs) >= epsilon)
+            if greedy.any():
+                actions[greedy] = q_values(observations[greedy]).argmax(axis=1)
+            envs.step_async(np.where(playing, actions, IDLE))
+            step = envs.step_wait()
+            observations = step.observations
+            for game in step.finished_games:
+                returns[game.env_index].append(game.episodic_return)
+                games_left[game.env_index] -= 1
+    return [returns[game % num_envs][game // num_envs] for game in range(episodes)]

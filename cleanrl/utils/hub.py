@@ -1,0 +1,172 @@
+"""Fetching one file from the Hugging Face Hub, with failures that end soon and say what to do."""
+
+import logging
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging as hub_logging
+
+LOCAL_TEACHER = "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE"
+
+
+def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
+    """Returns the path, in the Hub's cache, of one file of a model repo; fetches it if it is not there.
+
+    `revision` is a branch, a tag or a commit; None is the main branch. The client's own settings hold
+    (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT). A Hub that
+    cannot be reached is no failure if the cache has the file.
+
+    Raises SystemExit with one line that names the repo, the file, what went wrong and what to do: within
+    5 s plus three of the client's timeouts (10 s each by default) after the last byte that arrived, so that a
+    slow download goes on for as long as it makes progress.
+    """
+    # Two tries to reach the Hub fit into it, and the 3 s that the client's telemetry may take.
+    patience_s = 5 + 3 * max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    outcome: dict[str, str | Exception] = {}
+
+    def fetch() -> None:
+        try:
+            outcome["path"] = _fetch(repo_id, filename, revision)
+        except Exception as error:
+            outcome["error"] = error
+
+    # The client has no limit of its own that fits: it retries a silent server for 6.5 minutes, a stalled body
+    # for ever if the server starts it anew each time, sleeps as long as Retry-After says, and nothing bounds
+    # a name lookup. So it works in a thread that can be left behind.
+    thread = threading.Thread(target=fetch, daemon=True)
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    sizes: dict[Path, int] = {}
+    with _quiet_client():
+        thread.start()
+        last_progress = time.monotonic()
+        while thread.is_alive():
+            thread.join(0.2)
+            if _has_grown(cache, sizes):
+                last_progress = time.monotonic()
+            elif thread.is_alive() and time.monotonic() - last_progress > patience_s:
+                outcome["error"] = TimeoutError(f"nothing arrived for {patience_s} s")
+                break
+
+    if error := outcome.get("error"):
+        where = f"{filename} from {repo_id}" + (f" at revision {revision}" if revision else "")
+        message = f"error: cannot download {where}: {_explain(error, repo_id)}; or {LOCAL_TEACHER}."
+        raise SystemExit(" ".join(message.split()))
+    return Path(outcome["path"])
+
+
+def _fetch(repo_id: str, filename: str, revision: str | None) -> str:
+    """Asks for the metadata first: that fails with the exact reason and without the client's long retries."""
+    url = hf_hub_url(repo_id, filename, revision=revision)
+    for is_last_try in (False, True):
+        try:
+            get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            break
+        except (EntryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:
+            cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+            if isinstance(cached, str):
+                return cached
+            if is_last_try or not _is_transient(error):
+                raise
+            time.sleep(1)
+    return hf_hub_download(repo_id, filename, revision=revision)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return not isinstance(error, OfflineModeIsEnabled | HFValidationError | FileMetadataError)
+
+
+def _has_grown(cache: Path, sizes: dict[Path, int]) -> bool:
+    """Whether a partial file is larger than ever before; another process may be the one that downloads it."""
+    grown = False
+    for path in cache.glob("*.incomplete"):
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # finished between the listing and here
+            continue
+        if size > sizes.get(path, 0):
+            sizes[path] = size
+            grown = True
+    return grown
+
+
+@contextmanager
+def _quiet_client():
+    """No warnings at each retry, and a partial file that grows as bytes arrive.
+
+    By default the client writes 10 MB at a time, more than a whole teacher, and Xet writes in its own order.
+    """
+    saved = (hub_logging.get_verbosity(), constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = 16 * 1024, True
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(saved[0])
+        constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = saved[1:]
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """What went wrong and what to do about it."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client's own words hide which of the many reasons it was
+    endpoint = constants.ENDPOINT
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    match error:
+        case OfflineModeIsEnabled():
+            return "it is not in the cache and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE to download it"
+        case HFValidationError():
+            return "that is not a repo id like user/name; check --teacher-policy-hf-repo"
+        case GatedRepoError():
+            return f"the repo is gated; accept its terms on {endpoint}/{repo_id} and set HF_TOKEN"
+        case EntryNotFoundError():
+            return "the repo has no such file; check --teacher-policy-hf-repo and --teacher-model-exp-name"
+        case RevisionNotFoundError():
+            return "the repo has no such revision; check the branch, tag or commit"
+        case HfHubHTTPError() if status in (401, 403):
+            return (
+                f"access refused ({status}), the repo is private or does not exist; check"
+                " --teacher-policy-hf-repo, and set HF_TOKEN to a token that may read it"
+            )
+        case RepositoryNotFoundError():
+            return "there is no such repo; check --teacher-policy-hf-repo, and set HF_TOKEN if it is private"
+        case HfHubHTTPError() if _is_transient(error):
+            return f"{endpoint} answered with error {status}; try again later"
+        case HfHubHTTPError():
+            return f"{endpoint} answered with error {status}; check --teacher-policy-hf-repo and HF_ENDPOINT"
+        case FileMetadataError():
+            return f"{endpoint} does not answer like the Hub; check HF_ENDPOINT, proxy and firewall"
+        case OSError() if error.errno:
+            return f"{error}; check the cache folder {constants.HF_HUB_CACHE} and its disk"
+        case ValueError():
+            return f"{error}; check the name of the file"
+        case _ if "Timeout" in type(error).__name__:
+            return (
+                f"{endpoint} stopped answering ({error}); check the connection and HF_ENDPOINT, and try again"
+            )
+        case _:
+            kind = type(error).__name__
+            return f"{endpoint}: {kind}: {error}; check the connection and HF_ENDPOINT, and try again"

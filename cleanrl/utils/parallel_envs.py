@@ -1,0 +1,233 @@
+"""Copies of an environment that step in worker processes while the learner computes.
+
+Each worker process holds several copies, so that a step of all copies costs one message per core instead of
+one per copy. Observations travel through shared memory and are never pickled. A copy whose episode ends is
+reset in the same step; the observation that ended the episode comes beside the first one of the next.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+IDLE = -1  # the action that leaves a copy untouched
+WORKER_TIMEOUT_S = 120.0
+# Workers import the script that holds the wrappers, and these with it: once, in the process they fork from.
+HEAVY_MODULES = ("torch", "jax", "flax", "optax", "stable_baselines3", "gymnasium", "ale_py", "cv2", "tyro")
+
+
+class WorkerError(RuntimeError):
+    """A worker process died, hangs, or its environment raised an error."""
+
+
+class FinishedGame(NamedTuple):
+    """A whole game, from start to game over: all lives, rewards unclipped."""
+
+    env_index: int
+    episodic_return: float
+    episodic_length: int  # emulator frames
+
+
+class StepResult(NamedTuple):
+    """What one step of all N copies gave; of a copy that was left IDLE only the observation means anything.
+
+    observations: (N, *observation_shape), where an episode ended the first one of the next episode
+    rewards: (N,) float32
+    terminations, truncations: (N,) bool
+    final_observations: (N, *observation_shape), valid only where an episode ended: the one that ended it
+    finished_games: the games that ended in this step
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    final_observations: np.ndarray
+    finished_games: list[FinishedGame]
+
+
+def _shared_array(buffer, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, layout: list) -> None:
+    """Serves commands from the main process until it says "close" or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    observations, rewards, terminations, truncations, final_observations = (
+        _shared_array(buffer, *shape_and_type) for buffer, shape_and_type in zip(buffers, layout, strict=True)
+    )
+    try:
+        envs = {index: env_fn() for index, env_fn in env_fns.items()}
+        while True:
+            command, arguments = connection.recv()
+            finished_games = []
+            if command == "close":
+                break
+            for index, env in envs.items():
+                if command == "reset":
+                    observations[index], _ = env.reset(seed=arguments[index])
+                elif arguments[index] != IDLE:
+                    observation, reward, terminated, truncated, _ = env.step(arguments[index])
+                    if terminated or truncated:
+                        final_observations[index] = observation
+                        observation, info = env.reset()
+                        if "episode" in info:
+                            finished_games.append(
+                                FinishedGame(index, info["episode"]["r"], info["episode"]["l"])
+                            )
+                    observations[index] = observation
+                    rewards[index], terminations[index], truncations[index] = reward, terminated, truncated
+            connection.send(finished_games)
+        for env in envs.values():
+            env.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)  # the main process is gone: so are we, without a word
+    except Exception:
+        with contextlib.suppress(OSError):
+            connection.send(traceback.format_exc())
+
+
+def _start_fork_server(context) -> None:
+    """Starts the process that workers fork from, deaf to the Ctrl-C that ends the main process."""
+    context.set_forkserver_preload([name for name in HEAVY_MODULES if name in sys.modules])
+    resource_tracker.ensure_running()  # first, as its own start unblocks SIGINT
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class ParallelEnvs:
+    """N copies of an environment in `num_workers` processes; a context manager that ends them.
+
+    The environments report a finished game in the info of the *reset* that follows it, as
+    `info["episode"] = {"r": return, "l": length}`: a game can end inside another wrapper's reset.
+
+    Args:
+        env_fns: one picklable function per copy that makes it.
+        num_workers: processes; by default one per CPU core this process may use, and at most one per copy.
+    """
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], num_workers: int | None = None):
+        self.num_envs = len(env_fns)
+        probe = env_fns[-1]()
+        self.observation_space, self.action_space = probe.observation_space, probe.action_space
+        probe.close()
+        stacked = (self.num_envs, *self.observation_space.shape)
+        dtype = self.observation_space.dtype.type
+        per_env = (self.num_envs,)
+        ends = [(per_env, np.bool_), (per_env, np.bool_)]
+        layout = [(stacked, dtype), (per_env, np.float32), *ends, (stacked, dtype)]
+
+        # Not "fork": a copy of a process with threads (torch, JAX, CUDA) can deadlock.
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            _start_fork_server(context)
+        buffers = [
+            context.RawArray(ctypes.c_uint8, int(np.prod(shape)) * np.dtype(type_).itemsize)
+            for shape, type_ in layout
+        ]
+        self._arrays = [_shared_array(buffer, *entry) for buffer, entry in zip(buffers, layout, strict=True)]
+        num_workers = min(self.num_envs, num_workers or available_cores())
+        self._connections, self._processes = [], []
+        for indices in np.array_split(np.arange(self.num_envs), num_workers):
+            connection, worker_connection = context.Pipe()
+            own_env_fns = {int(index): env_fns[index] for index in indices}
+            process = context.Process(
+                target=_work, args=(worker_connection, own_env_fns, buffers, layout), daemon=True
+            )
+            process.start()
+            worker_connection.close()  # or the end of the worker would go unnoticed
+            self._connections.append(connection)
+            self._processes.append(process)
+
+    def reset(self, seed: int | Sequence[int]) -> np.ndarray:
+        """Starts the first game of every copy, each with a seed of its own that `seed` determines.
+
+        Returns observations (N, *observation_shape).
+        """
+        self._send("reset", [int(own) for own in np.random.SeedSequence(seed).generate_state(self.num_envs)])
+        self._receive()
+        return self._arrays[0].copy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Starts a step of every copy, without waiting. `actions` (N,): integers; IDLE leaves a copy be."""
+        self._send("step", [int(action) for action in actions])
+
+    def step_wait(self) -> StepResult:
+        """Waits for the step that `step_async` started.
+
+        Raises:
+            WorkerError: a worker died, hangs, or its environment raised an error.
+        """
+        finished_games = self._receive()
+        return StepResult(*(array.copy() for array in self._arrays), finished_games)
+
+    def _send(self, command: str, arguments: list) -> None:
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            try:
+                connection.send((command, arguments))
+            except (BrokenPipeError, ConnectionResetError):
+                self._receive_from(connection, process)  # its last words, if it had any
+                raise self._died(process) from None
+
+    def _receive(self) -> list[FinishedGame]:
+        answers = [
+            self._receive_from(connection, process)
+            for connection, process in zip(self._connections, self._processes, strict=True)
+        ]
+        return sorted(game for finished_games in answers for game in finished_games)
+
+    def _receive_from(self, connection, process) -> list[FinishedGame]:
+        try:
+            if not connection.poll(WORKER_TIMEOUT_S):
+                raise WorkerError(
+                    f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S:.0f} s"
+                )
+            answer = connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._died(process) from None
+        if isinstance(answer, str):
+            raise WorkerError(f"an environment worker failed:\n{answer}")
+        return answer
+
+    def _died(self, process) -> WorkerError:
+        process.join(timeout=5)
+        return WorkerError(
+            f"environment worker {process.pid} died (exit code {process.exitcode}); out of memory?"
+        )
+
+    def close(self) -> None:
+        """Ends the worker processes, whatever they are doing."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send(("close", None))
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for connection in self._connections:
+            connection.close()
+
+    def __enter__(self) -> "ParallelEnvs":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def available_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

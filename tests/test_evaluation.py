@@ -1,0 +1,107 @@
+"""The evaluation helper on games whose returns are known beforehand, and on Pong."""
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from cleanrl.qdagger_dqn_atari_impalacnn import make_env
+from cleanrl.utils.evaluation import evaluate
+
+
+class CountingGame(gym.Env):
+    """Two lives of random length; a step is worth its action: 1 by the policy below, 0 or 1 at random."""
+
+    observation_space = gym.spaces.Box(0, 255, (1,), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, max_game_frames: int, video_folder=None):
+        self.max_game_frames, self.video_folder = max_game_frames, video_folder
+        self.statistics, self.game_over = None, True
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        info = {}
+        if self.game_over:
+            if self.statistics:
+                info["episode"] = self.statistics
+            self.lives, self.game_return, self.game_length, self.game_over = 2, 0, 0, False
+        self.left = int(self.np_random.integers(1, 20))
+        return np.zeros(1, np.uint8), info
+
+    def step(self, action):
+        self.left -= 1
+        self.game_return += int(action)
+        self.game_length += 1
+        truncated = self.game_length >= self.max_game_frames
+        self.lives -= self.left == 0
+        self.game_over = self.lives == 0 or truncated
+        if self.game_over:
+            self.statistics = {"r": float(self.game_return), "l": self.game_length}
+            if self.video_folder:
+                self.video_folder.mkdir(parents=True, exist_ok=True)
+                (self.video_folder / "game.mp4").touch()
+        return np.zeros(1, np.uint8), 0.0, self.left == 0, truncated, {}
+
+
+def prefer_one(observations: np.ndarray) -> np.ndarray:
+    return np.tile([0.0, 1.0], (len(observations), 1))
+
+
+def lengths_of_games(seed: int, copy: int, copies: int, games: int) -> list[int]:
+    """Plays the copy's games by hand; with `prefer_one` a game's return is its length."""
+    game = CountingGame(max_game_frames=10**6)
+    seeds = np.random.SeedSequence(seed).generate_state(copies)
+    game.reset(seed=int(seeds[copy]))
+    lengths = []
+    while len(lengths) < games:
+        *_, terminated, truncated, _ = game.step(1)
+        if terminated or truncated:
+            _, info = game.reset()
+            if "episode" in info:
+                lengths.append(info["episode"]["l"])
+    return lengths
+
+
+def test_whole_games_of_every_copy_count_and_short_ones_are_not_favoured():
+    returns = evaluate(CountingGame, prefer_one, episodes=40, seed=5, epsilon=0.0)
+    copies = 16
+    expected = [lengths_of_games(5, game % copies, copies, 3)[game // copies] for game in range(40)]
+    assert returns == expected
+    assert max(expected) > 19  # longer than any single life: both were counted
+
+
+def test_the_same_seed_gives_the_same_games_and_another_seed_others():
+    play = partial(evaluate, CountingGame, prefer_one, episodes=20, epsilon=0.5)
+    assert play(seed=1) == play(seed=1)
+    assert play(seed=1) != play(seed=2)
+
+
+def test_epsilon_is_the_share_of_random_actions():
+    greedy = evaluate(CountingGame, prefer_one, episodes=200, seed=3, epsilon=0.0)
+    mixed = evaluate(CountingGame, prefer_one, episodes=200, seed=3, epsilon=0.5)
+    # The environments are the same, so that the steps are; half of the random half scores nothing.
+    assert sum(mixed) / sum(greedy) == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_game_is_bounded():
+    assert max(evaluate(CountingGame, prefer_one, episodes=20, seed=0, epsilon=0.0, max_game_frames=7)) == 7
+
+
+def test_one_copy_records_where_asked(tmp_path):
+    evaluate(CountingGame, prefer_one, 3, seed=0, epsilon=0.0, video_folder=tmp_path / "videos")
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["game.mp4"]
+
+
+def test_a_bounded_game_of_pong_is_recorded(tmp_path):
+    def noop(observations):
+        assert observations.shape[1:] == (4, 84, 84)
+        return np.tile([1.0] + [0.0] * 5, (len(observations), 1))
+
+    make_pong = partial(make_env, "PongNoFrameskip-v4")
+    returns = evaluate(make_pong, noop, 2, seed=0, epsilon=0.0, max_game_frames=600, video_folder=tmp_path)
+    assert all(-21 < episodic_return < 0 for episodic_return in returns)
+    videos = list(tmp_path.glob("*.mp4"))
+    assert len(videos) == 1
+    assert videos[0].stat().st_size > 10_000

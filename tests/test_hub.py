@@ -1,0 +1,168 @@
+"""cleanrl/utils/hub.py with the real huggingface_hub client, against a local server."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hub_server import COMMIT, HubServer
+
+ROOT = Path(__file__).parent.parent
+REPO, FILE = "cleanrl/PongNoFrameskip-v4-dqn_atari-seed1", "dqn_atari.cleanrl_model"
+CONTENT = bytes(range(256)) * 8192  # 2 MB
+SHORT_TIMEOUTS = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+
+
+def run_download(endpoint: str, home: Path, *arguments: str, **settings: str) -> SimpleNamespace:
+    """Runs `download` in a process of its own, because the client reads its settings when it is imported."""
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
+    code = "import sys; from cleanrl.utils.hub import download; print(download(*sys.argv[1:]))"
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-c", code, *(arguments or (REPO, FILE))],
+        cwd=ROOT,
+        env=clean | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | settings,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return SimpleNamespace(
+        status=process.returncode,
+        out=process.stdout.strip(),
+        err=process.stderr,
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def refused_url() -> str:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+# name: (the server's mode or an endpoint without a server, arguments, settings, what the line must say)
+FAILURES = {
+    "unauthorized": ("unauthorized", (), {}, "set HF_TOKEN"),
+    "gated": ("gated", (), {}, "gated; accept its terms"),
+    "no_repo": ("no_repo", (), {}, "no such repo; check --teacher-policy-hf-repo"),
+    "no_file": ("no_file", (), {}, "no such file; check"),
+    "no_revision": ("no_revision", (REPO, FILE, "v9"), {}, "at revision v9: the repo has no such revision"),
+    "server_error": ("server_error", (), {}, "error 503; try again later"),
+    "retry_after": ("retry_after", (), {}, "error 429; try again later"),
+    "no_hub": ("no_hub", (), {}, "does not answer like the Hub; check HF_ENDPOINT"),
+    "silent": ("silent", (), SHORT_TIMEOUTS, "stopped answering"),
+    "stalled": ("stalled", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
+    "stalled_anew": ("stalled_anew", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
+    "truncated": ("truncated", (), {}, "check the connection"),
+    "refused": (refused_url(), (), {}, "Connection refused"),
+    "no_name": ("http://hub.invalid", (), {}, "http://hub.invalid"),
+    "no_url": ("nonsense", (), {}, "check the connection and HF_ENDPOINT"),
+    "offline": ("ok", (), {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"),
+    "bad_id": ("ok", ("a/b/c", FILE), {}, "not a repo id"),
+    "bad_id_characters": ("ok", ("../my repo", FILE), {}, "not a repo id"),
+    "empty_id": ("ok", ("", FILE), {}, "not a repo id"),
+    "outside_the_cache": ("ok", (REPO, "../../stolen"), {}, "check the name of the file"),
+    "cache_is_a_file": ("ok", (), {"HF_HUB_CACHE": str(Path(__file__))}, "check the cache folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """All failures side by side: most of them wait."""
+    homes = tmp_path_factory.mktemp("homes")
+
+    def run(name: str) -> SimpleNamespace:
+        mode, arguments, settings, _ = FAILURES[name]
+        is_url = "://" in mode or mode == "nonsense"
+        with nullcontext(SimpleNamespace(url=mode)) if is_url else HubServer(CONTENT, mode) as server:
+            return run_download(server.url, homes / name, *arguments, **settings)
+
+    with ThreadPoolExecutor(6) as pool:
+        return dict(zip(FAILURES, pool.map(run, FAILURES), strict=True))
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_is_one_clear_line(name, outcomes):
+    _, arguments, _, expected = FAILURES[name]
+    outcome = outcomes[name]
+    assert (outcome.status, outcome.out) == (1, "")
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    repo, file = (arguments or (REPO, FILE))[:2]
+    assert f"error: cannot download {file} from {repo}" in outcome.err
+    assert expected in outcome.err
+    assert "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE" in outcome.err
+    assert outcome.elapsed_s < 30
+
+
+@pytest.mark.parametrize("mode", ["ok", "redirect"])
+def test_good_download(mode, tmp_path):
+    with HubServer(CONTENT, mode) as server:
+        outcome = run_download(server.url, tmp_path, HF_TOKEN="hf_secret")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert Path(outcome.out).read_bytes() == CONTENT
+    assert tmp_path in Path(outcome.out).parents
+    hub_requests = [(path, headers) for _, path, headers in server.requests if not path.startswith("/cdn/")]
+    assert {path for path, _ in hub_requests} == {f"/{REPO}/resolve/main/{FILE}"}
+    assert {headers.get("authorization") for _, headers in hub_requests} == {"Bearer hf_secret"}
+    cdn_requests = [headers for _, path, headers in server.requests if path.startswith("/cdn/")]
+    assert bool(cdn_requests) == (mode == "redirect")
+    assert not any("authorization" in headers for headers in cdn_requests)
+
+
+@pytest.mark.parametrize("revision", ["v1.0", COMMIT])
+def test_pinned_revision_is_requested(revision, tmp_path):
+    with HubServer(CONTENT) as server:
+        outcome = run_download(server.url, tmp_path, REPO, FILE, revision)
+    assert outcome.status == 0
+    assert {path for _, path, _ in server.requests} == {f"/{REPO}/resolve/{revision}/{FILE}"}
+
+
+def test_cached_file_is_used_when_the_hub_fails(tmp_path):
+    with HubServer(CONTENT) as server:
+        first = run_download(server.url, tmp_path)
+        requests = len(server.requests)
+        assert run_download(server.url, tmp_path).out == first.out
+        assert {method for method, _, _ in server.requests[requests:]} == {"HEAD"}
+        offline = run_download(server.url, tmp_path, HF_HUB_OFFLINE="1")
+        assert len(server.requests) == requests + 2
+        server.mode = "no_file"  # no failure of the Hub: the file was taken back
+        assert "no such file" in run_download(server.url, tmp_path).err
+        server.mode = "server_error"
+        failing = run_download(server.url, tmp_path)
+        server.mode = "silent"
+        silent = run_download(server.url, tmp_path, **SHORT_TIMEOUTS)
+    gone = run_download(server.url, tmp_path)
+    for outcome in (offline, failing, silent, gone):
+        assert (outcome.status, outcome.out, outcome.err) == (0, first.out, "")
+        assert outcome.elapsed_s < 10
+
+
+def test_slow_download_goes_on_while_it_makes_progress(tmp_path):
+    """In two processes: runs started together share the cache, and the client lets one of them download."""
+    timeouts = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    with HubServer(CONTENT, "slow", pause_s=0.5) as server, ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run_download, server.url, tmp_path, **timeouts) for _ in range(2)]
+        outcomes = [run.result() for run in runs]
+    for outcome in outcomes:
+        assert (outcome.status, outcome.err) == (0, "")
+        assert Path(outcome.out).read_bytes() == CONTENT
+        assert outcome.elapsed_s > 9  # a download without progress is given up after 8 s
+    assert [method for method, _, _ in server.requests].count("GET") == 1
+
+
+def test_import_needs_no_framework():
+    code = "import sys, cleanrl.utils.hub, cleanrl.utils.weights; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not re.search(r"\b(torch|jax|flax)\b", modules.stdout)
