@@ -1,0 +1,937 @@
+"""QDagger (Agarwal et al., 2022, "Reincarnating Reinforcement Learning") on Atari, in PyTorch.
+
+A teacher, an ordinary DQN, already exists. A student, an Impala-CNN, takes over what the teacher knows and
+then goes past it: (1) the teacher fills a replay buffer with its play, (2) the student learns from it
+offline, (3) the student plays and learns online while the teacher's influence fades.
+
+    python cleanrl/qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4
+"""
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+# PyTorch's threads would otherwise spin while they wait, and take the cores from the environment workers.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+if not __package__:  # started as a file: the helpers below lie beside it, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cleanrl.utils.arguments import check_arguments
+from cleanrl.utils.atari import count_actions, random_return
+from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
+from cleanrl.utils.hub import download
+from cleanrl.utils.memory import place_replay_buffer
+from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
+from cleanrl.utils.tracking import start_tracking
+from cleanrl.utils.weights import check_weights, read_weights
+
+RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
+LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
+CHART_INTERVAL = 1000  # environment steps between two points of the other curves
+EVALUATION_SEED, FILL_SEED, ONLINE_SEED = 0, 1, 2  # with --seed, what the games of each phase start from
+INTERRUPTED = 130  # exit status, as a shell reports SIGINT
+
+
+# --------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment; with the game and the seed it names the run's folder"""
+    seed: int = 1
+    """seed of the experiment; on a CPU the same seed gives the same bits"""
+    torch_deterministic: bool = True
+    """let cuDNN use only deterministic algorithms"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """mirror the TensorBoard curves to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "qdagger"
+    """the Weights & Biases project"""
+    wandb_entity: str | None = None
+    """the Weights & Biases entity (team)"""
+    capture_video: bool = False
+    """record the first game of each evaluation as mp4 under the run's folder"""
+    save_model: bool = True
+    """save the student after the offline phase, at the end, and when interrupted"""
+
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game, as {Game}NoFrameskip-v4"""
+    repeat_action_probability: float = 0.0
+    """sticky actions: the probability that the game repeats the last action instead (the paper: 0.25)"""
+    num_envs: int = 8
+    """copies of the game that step in parallel; all counts below are of steps over all copies"""
+
+    total_timesteps: int = 10_000_000
+    """environment steps (of 4 frames) of the online phase"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam"""
+    buffer_size: int = 1_000_000
+    """frames the replay buffer holds: one per transition and one per end of an episode"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay buffer lies; auto: on the training device if it fits there, else in host memory"""
+    n_step: int = 1
+    """steps of reward before the bootstrap (the paper: 3)"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 1.0
+    """share of the student in each update of the target network"""
+    target_network_frequency: int = 1000
+    """update the target network every so many gradient steps (offline) or environment steps (online)"""
+    batch_size: int = 32
+    """transitions per gradient step"""
+    start_e: float = 1.0
+    """epsilon at the start"""
+    end_e: float = 0.01
+    """epsilon at the end, and in every evaluation"""
+    exploration_fraction: float = 0.10
+    """share of total_timesteps in which epsilon falls; it starts falling with the offline phase"""
+    learning_starts: int = 80_000
+    """online environment steps before the first online gradient step"""
+    train_frequency: int = 4
+    """online environment steps per gradient step"""
+
+    teacher_policy_hf_repo: str | None = None
+    """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
+    teacher_model_exp_name: str = "dqn_atari"
+    """the teacher's file in that repository is {teacher_model_exp_name}.cleanrl_model"""
+    teacher_revision: str | None = None
+    """branch, tag or commit of that repository"""
+    teacher_model_path: Path | None = None
+    """a teacher in a local file (torch state dict or safetensors), instead of the Hub's"""
+    teacher_eval_episodes: int = 10
+    """games that measure the teacher's return"""
+    teacher_steps: int = 500_000
+    """environment steps that the teacher plays to fill its buffer, epsilon falling from start_e to end_e"""
+    offline_steps: int = 500_000
+    """gradient steps of the offline phase"""
+    offline_eval_frequency: int = 100_000
+    """evaluate the student every so many gradient steps of the offline phase, and at its end"""
+    eval_episodes: int = 10
+    """games in each evaluation of the student"""
+    temperature: float = 1.0
+    """temperature of the policies softmax(Q / temperature) in the distillation loss (the paper: 0.1)"""
+    distill_steps: int | None = None
+    """t0, the online environment step that ends the teacher's influence (the paper: 1.5M; default: never)"""
+    return_normalization: Literal["none", "random"] = "none"
+    """random: the distillation coefficient measures returns from the random player's (as the paper does)"""
+
+
+# ------------------------------------------------------------------------------------------- environment
+
+
+class EpisodeStatistics(gym.Wrapper):
+    """Return and length, in frames, of the whole game, unclipped.
+
+    They stand in the info of the reset that follows the game's end, where `ParallelEnvs` looks for them: a
+    game can also end inside the reset of an outer wrapper, where nobody sees the step.
+    """
+
+    finished: dict | None = None
+
+    def reset(self, **kwargs):
+        observation, info = self.env.reset(**kwargs)
+        if self.finished:
+            info["episode"] = self.finished
+        self.finished, self.episodic_return, self.episodic_length = None, 0.0, 0
+        return observation, info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.episodic_return += reward
+        self.episodic_length += 1
+        if terminated or truncated:
+            self.finished = {"r": self.episodic_return, "l": self.episodic_length}
+        return observation, reward, terminated, truncated, info
+
+
+class NoopReset(gym.Wrapper):
+    """Starts each game with 1 to 30 no-ops (Mnih et al., 2015)."""
+
+    def reset(self, **kwargs):
+        observation, reset_info = self.env.reset(**kwargs)
+        for _ in range(self.unwrapped.np_random.integers(1, 31)):
+            observation, _, terminated, truncated, _ = self.env.step(0)
+            if terminated or truncated:
+                observation, _ = self.env.reset()
+        return observation, reset_info
+
+
+class MaxAndSkip(gym.Wrapper):
+    """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.last_frames = np.zeros((2, *env.observation_space.shape), dtype=np.uint8)
+
+    def step(self, action):
+        total_reward = 0.0
+        for frame in range(4):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += reward
+            if frame >= 2:
+                self.last_frames[frame - 2] = observation
+            if terminated or truncated:
+                break
+        return self.last_frames.max(axis=0), total_reward, terminated, truncated, info
+
+
+class EpisodicLife(gym.Wrapper):
+    """A lost life ends the episode for the learner while the game goes on."""
+
+    lives = 0
+    game_over = True
+
+    def reset(self, **kwargs):
+        if not self.game_over:
+            observation, _, terminated, truncated, info = self.env.step(0)
+            self.game_over = terminated or truncated
+        if self.game_over:
+            observation, info = self.env.reset(**kwargs)
+            self.game_over = False
+        self.lives = self.unwrapped.ale.lives()
+        return observation, info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        lives = self.unwrapped.ale.lives()
+        # 0 lives without a game over is no end yet: some games show it for a few frames before they are over.
+        terminated = terminated or 0 < lives < self.lives
+        self.lives = lives
+        return observation, reward, terminated, truncated, info
+
+
+class FireReset(gym.Wrapper):
+    """Presses FIRE, then the action after it, at the start of each episode: some games wait for it."""
+
+    def reset(self, **kwargs):
+        observation, reset_info = self.env.reset(**kwargs)
+        for action in (1, 2):
+            observation, _, terminated, truncated, _ = self.env.step(action)
+            if terminated or truncated:
+                observation, info = self.env.reset()
+                reset_info.update(info)
+        return observation, reset_info
+
+
+class SignReward(gym.RewardWrapper):
+    def reward(self, reward):
+        return np.sign(reward)
+
+
+class Resize(gym.ObservationWrapper):
+    """84×84 by area interpolation."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+
+    def observation(self, observation):
+        return cv2.resize(observation, (84, 84), interpolation=cv2.INTER_AREA)
+
+
+class FrameStack(gym.Wrapper):
+    """The last 4 frames, oldest first; after a reset the first frame fills the stack."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.frames = deque(maxlen=4)
+
+    def reset(self, **kwargs):
+        frame, info = self.env.reset(**kwargs)
+        self.frames.extend([frame] * 4)
+        return np.stack(self.frames), info
+
+    def step(self, action):
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        self.frames.append(frame)
+        return np.stack(self.frames), reward, terminated, truncated, info
+
+
+def make_env(
+    env_id: str,
+    repeat_action_probability: float = 0.0,
+    max_game_frames: int = MAX_GAME_FRAMES,
+    video_folder: Path | None = None,
+) -> gym.Env:
+    """Makes an Atari game, preprocessed as in Mnih et al. (2015): observations uint8 (4, 84, 84)."""
+    cv2.setNumThreads(1)  # the workers are the parallelism
+    env = gym.make(
+        env_id,
+        obs_type="grayscale",  # converted by ALE: half the time of colour frames
+        repeat_action_probability=repeat_action_probability,
+        max_num_frames_per_episode=max_game_frames,
+        render_mode="rgb_array" if video_folder else None,
+        disable_env_checker=True,
+    )
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda game: game == 0)
+    env = EpisodeStatistics(env)
+    env = NoopReset(env)
+    env = MaxAndSkip(env)
+    env = EpisodicLife(env)
+    if "FIRE" in env.unwrapped.get_action_meanings():
+        env = FireReset(env)
+    env = SignReward(env)
+    env = Resize(env)
+    return FrameStack(env)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class TeacherNetwork(nn.Module):
+    """The DQN network (Mnih et al., 2015): uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(3136, 512),
+            nn.ReLU(),
+            nn.Linear(512, num_actions),
+        )
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.network(observations / 255.0)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+
+
+class ConvSequence(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.res_block0 = ResidualBlock(out_channels)
+        self.res_block1 = ResidualBlock(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.conv(x), kernel_size=3, stride=2, padding=1)
+        return self.res_block1(self.res_block0(x))
+
+
+class StudentNetwork(nn.Module):
+    """The Impala-CNN (Espeholt et al., 2018): uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            ConvSequence(4, 16),
+            ConvSequence(16, 32),
+            ConvSequence(32, 32),
+            nn.Flatten(),
+            nn.ReLU(),
+            nn.Linear(3872, 256),
+            nn.ReLU(),
+            nn.Linear(256, num_actions),
+        )
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.network(observations / 255.0)
+
+
+# ------------------------------------------------------------------------------------------------ replay
+
+
+class Batch(NamedTuple):
+    """`observations` are uint8 (batch, 4, 84, 84), `actions` int64 (batch,), all others float32.
+
+    `rewards` are discounted sums of up to n steps, `discounts` γ to the power of the steps summed,
+    `next_observations` those after them, `terminations` 1 where the episode ended there by itself.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminations: Tensor
+    discounts: Tensor
+    teacher_q_values: Tensor
+
+
+class ReplayBuffer:
+    """Keeps each frame once, in a ring of slots per environment.
+
+    A slot holds an observation's newest frame, how many earlier frames its stack reaches back (at most 3),
+    the teacher's Q-values of the observation, which never change, and what followed: action, reward, whether
+    the episode ended. The observation that ends an episode has a slot too, but no action.
+
+    Contract: `draw` gives every transition in the buffer the same probability, save for each environment's
+    newest n - 1 slots, which wait until their n rewards are known. No stack reaches across the start of an
+    episode or into overwritten slots; spare slots see to it that this costs no transitions. A sum of n
+    rewards ends with its episode. A truncated episode is bootstrapped from its true last observation.
+
+    Args:
+        capacity: slots over all environments; the oldest are overwritten.
+        num_envs: environments that are added together.
+        num_actions: Q-values per observation.
+        n_step: n, rewards summed before the bootstrap.
+        gamma: γ, the discount factor.
+        device: where the tensors lie.
+    """
+
+    def __init__(
+        self, capacity: int, num_envs: int, num_actions: int, n_step: int, gamma: float, device: torch.device
+    ):
+        self.num_envs, self.n_step, self.gamma, self.device = num_envs, n_step, gamma, device
+        self.num_slots = self.slots_per_env(capacity, num_envs, n_step)
+        total = num_envs * self.num_slots
+        self.frames = torch.empty((total, 84, 84), dtype=torch.uint8, device=device)
+        self.stack_depths = torch.zeros(total, dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(total, dtype=torch.uint8, device=device)
+        self.rewards = torch.zeros(total, device=device)
+        self.terminations = torch.zeros(total, dtype=torch.bool, device=device)
+        self.episode_ends = torch.zeros(total, dtype=torch.bool, device=device)
+        self.teacher_q_values = torch.zeros((total, num_actions), device=device)
+        # What drawing needs stays on the host, so that it never waits for the device.
+        self.is_transition = np.zeros(total, dtype=bool)
+        self.heads = np.zeros(num_envs, dtype=np.int64)  # positions of the current observations, ever growing
+        self.depths = np.zeros(num_envs, dtype=np.uint8)  # their stack depths
+
+    @staticmethod
+    def slots_per_env(capacity: int, num_envs: int, n_step: int) -> int:
+        # At least 2, of which one is a transition. Spare: 3 for the oldest stack, n before the current one.
+        return max(2, math.ceil(capacity / num_envs)) + 3 + n_step
+
+    @classmethod
+    def num_bytes(cls, capacity: int, num_envs: int, num_actions: int, n_step: int) -> int:
+        """Bytes of a full buffer."""
+        bytes_per_slot = 84 * 84 + 4 * num_actions + 4 + 5
+        return num_envs * cls.slots_per_env(capacity, num_envs, n_step) * bytes_per_slot
+
+    def start(self, observations: np.ndarray) -> None:
+        """Takes the first observations, uint8 (num_envs, 4, 84, 84), each the start of an episode."""
+        self._write_observations(np.arange(self.num_envs), observations)
+
+    def add(self, actions: np.ndarray, step: StepResult, teacher_q_values: np.ndarray) -> None:
+        """Adds one step of every environment.
+
+        Args:
+            actions: integers (num_envs,), taken from the current observations.
+            step: what the environments answered.
+            teacher_q_values: float32 (num_envs, num_actions), of the observations that were acted on.
+        """
+        every_env = np.arange(self.num_envs)
+        slots = self._head_slots(every_env)
+        self.is_transition[slots] = True
+        slots = torch.from_numpy(slots).to(self.device)
+        ended = step.terminations | step.truncations
+        self.actions[slots] = torch.from_numpy(actions.astype(np.uint8)).to(self.device)
+        self.rewards[slots] = torch.from_numpy(step.rewards).to(self.device)
+        self.terminations[slots] = torch.from_numpy(step.terminations).to(self.device)
+        self.episode_ends[slots] = torch.from_numpy(ended).to(self.device)
+        self.teacher_q_values[slots] = torch.from_numpy(teacher_q_values).to(self.device)
+
+        self.heads += 1
+        self.depths = np.minimum(self.depths + 1, 3).astype(np.uint8)
+        if ended.any():
+            self._write_observations(np.flatnonzero(ended), step.final_observations[ended])
+            self.heads[ended] += 1
+            self.depths[ended] = 0
+        self._write_observations(every_env, step.observations)
+
+    def _head_slots(self, envs: np.ndarray) -> np.ndarray:
+        return envs * self.num_slots + self.heads[envs] % self.num_slots
+
+    def _write_observations(self, envs: np.ndarray, observations: np.ndarray) -> None:
+        slots = self._head_slots(envs)
+        self.is_transition[slots] = False
+        slots = torch.from_numpy(slots).to(self.device)
+        self.frames[slots] = torch.from_numpy(observations[:, -1]).to(self.device)
+        self.stack_depths[slots] = torch.from_numpy(self.depths[envs]).to(self.device)
+
+    def _drawable_per_env(self) -> np.ndarray:
+        """The number of positions per environment, the newest at heads - n, that `draw` chooses from."""
+        overwritten = np.maximum(self.heads + 1 - self.num_slots, 0)
+        oldest = np.where(overwritten > 0, overwritten + 3, 0)
+        return np.maximum(self.heads - self.n_step + 1 - oldest, 0)
+
+    def can_draw(self) -> bool:
+        return bool(self._drawable_per_env().any())
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+        """Draws the slots of transitions, int64 (batch_size,), uniformly and with replacement."""
+        ends = np.cumsum(self._drawable_per_env())
+        slots = np.empty(batch_size, dtype=np.int64)
+        missing = np.arange(batch_size)
+        while len(missing):  # again, where the observation that ended an episode was drawn
+            drawn = rng.integers(ends[-1], size=len(missing))
+            envs = np.searchsorted(ends, drawn, side="right")
+            positions = self.heads[envs] - self.n_step - (ends[envs] - 1 - drawn)
+            slots[missing] = envs * self.num_slots + positions % self.num_slots
+            missing = missing[~self.is_transition[slots[missing]]]
+        return slots
+
+    def gather(self, slots: Tensor) -> Batch:
+        """The transitions at `slots`, int64 (batch,), all on the buffer's device."""
+        rewards = torch.zeros(len(slots), device=self.device)
+        terminations = torch.zeros(len(slots), device=self.device)
+        going_on = torch.ones(len(slots), device=self.device)
+        steps = torch.zeros_like(slots)
+        for k in range(self.n_step):
+            slots_k = self._ahead(slots, k)
+            rewards += self.gamma**k * going_on * self.rewards[slots_k]
+            terminations += going_on * self.terminations[slots_k]
+            steps += going_on.long()
+            going_on *= ~self.episode_ends[slots_k]
+        return Batch(
+            observations=self._stacks(slots),
+            actions=self.actions[slots].long(),
+            rewards=rewards,
+            next_observations=self._stacks(self._ahead(slots, steps)),
+            terminations=terminations,
+            discounts=self.gamma**steps,
+            teacher_q_values=self.teacher_q_values[slots],
+        )
+
+    def _ahead(self, slots: Tensor, steps: int | Tensor) -> Tensor:
+        """The slots that many steps later in the same rings; earlier, where negative."""
+        ring_starts = slots // self.num_slots * self.num_slots
+        return ring_starts + (slots - ring_starts + steps) % self.num_slots
+
+    def _stacks(self, slots: Tensor) -> Tensor:
+        # A stack that starts with its episode repeats the first frame.
+        back = torch.arange(3, -1, -1, device=self.device)
+        back = torch.minimum(back, self.stack_depths[slots].long()[:, None])
+        return self.frames[self._ahead(slots[:, None], -back)]
+
+
+# ----------------------------------------------------------------------------------------------- teacher
+
+
+def load_teacher(args: Args, num_actions: int, device: torch.device) -> TeacherNetwork:
+    """Loads the teacher from a local file or from the Hub.
+
+    Raises:
+        SystemExit: with one line that names the file or the repository and what to do.
+    """
+    path = args.teacher_model_path
+    if path is None:
+        repo_id = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
+        path = download(repo_id, f"{args.teacher_model_exp_name}.cleanrl_model", args.teacher_revision)
+    teacher = TeacherNetwork(num_actions)
+    weights = read_weights(path)
+    check_weights(
+        weights, {name: tuple(value.shape) for name, value in teacher.state_dict().items()}, str(path)
+    )
+    teacher.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return teacher.to(device).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def td_targets(rewards: Tensor, terminations: Tensor, discounts: Tensor, next_q_values: Tensor) -> Tensor:
+    """y = r + γ (1 − terminated) max_a' Q_target(s', a'), float32 (batch,).
+
+    `next_q_values` are (batch, num_actions), all others (batch,).
+    """
+    return rewards + discounts * (1 - terminations) * next_q_values.max(dim=1).values
+
+
+def td_loss(q_values: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
+    """mean((y − Q(s, a))²) of Q-values (batch, num_actions), actions int64 (batch,), targets y (batch,)."""
+    return (targets - q_values.gather(1, actions[:, None]).squeeze(1)).square().mean()
+
+
+def distill_loss(q_values: Tensor, teacher_q_values: Tensor, temperature: float) -> Tensor:
+    """mean over the batch of Σ_a π_T (log π_T − log π), where π = softmax(Q / temperature).
+
+    Agarwal et al. (2022), section 4.1. Both Q-values are (batch, num_actions).
+    """
+    log_policy = F.log_softmax(q_values / temperature, dim=1)
+    teacher_log_policy = F.log_softmax(teacher_q_values / temperature, dim=1)
+    return (teacher_log_policy.exp() * (teacher_log_policy - log_policy)).sum(dim=1).mean()
+
+
+def distill_coefficient(
+    online_step: int,
+    recent_returns: Sequence[float],
+    teacher_return: float,
+    baseline_return: float = 0.0,
+    distill_steps: int | None = None,
+) -> float:
+    """λ_t = 1[t < t0] · max(1 − G / G_T, 0), with G and G_T measured from `baseline_return`.
+
+    G is the mean of `recent_returns`, those of the last 10 finished games; until there are 10, λ = 1[t < t0].
+    """
+    if distill_steps is not None and online_step >= distill_steps:
+        return 0.0
+    if len(recent_returns) < RECENT_GAMES:
+        return 1.0
+    student_return = float(np.mean(recent_returns))
+    return max(1.0 - (student_return - baseline_return) / (teacher_return - baseline_return), 0.0)
+
+
+def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
+    """Goes linearly from `start` at step 0 to `end` at step `duration` and stays there."""
+    return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ phases
+
+
+@dataclass
+class TrainState:
+    """What training changes, beside the replay buffer and the environments."""
+
+    student: StudentNetwork
+    target_network: StudentNetwork
+    optimizer: torch.optim.Optimizer
+    rng: np.random.Generator  # of exploration and of drawing from the replay buffer
+    offline_step: int = 0  # gradient steps done offline
+    online_step: int = 0  # environment steps done online
+    learned_step: int = 0  # of these, how many the learner has answered
+    online_gradient_steps: int = 0
+    recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAMES))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+
+def create_train_state(args: Args, num_actions: int, device: torch.device) -> TrainState:
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    # Convolutions are a third faster in this memory format.
+    student = StudentNetwork(num_actions).to(device, memory_format=torch.channels_last)
+    target_network = StudentNetwork(num_actions).to(device, memory_format=torch.channels_last)
+    target_network.requires_grad_(False).load_state_dict(student.state_dict())
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate)
+    return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed))
+
+
+def update(state: TrainState, batch: Batch, distill_coeff: float, temperature: float) -> dict[str, Tensor]:
+    """One gradient step; returns its losses and the mean of Q(s, a), still on the device."""
+    with torch.no_grad():
+        next_q_values = state.target_network(batch.next_observations)
+        targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
+    q_values = state.student(batch.observations)
+    td = td_loss(q_values, batch.actions, targets)
+    distill = distill_loss(q_values, batch.teacher_q_values, temperature)
+    loss = td + distill_coeff * distill
+    state.optimizer.zero_grad()
+    loss.backward()
+    state.optimizer.step()
+    mean_q_value = q_values.gather(1, batch.actions[:, None]).mean()
+    results = {"loss": loss, "td_loss": td, "distill_loss": distill, "q_values": mean_q_value}
+    return {name: value.detach() for name, value in results.items()}
+
+
+@torch.no_grad()
+def update_target_network(state: TrainState, tau: float) -> None:
+    for target, parameter in zip(state.target_network.parameters(), state.student.parameters(), strict=True):
+        target.lerp_(parameter, tau)
+
+
+def sample_batch(args: Args, state: TrainState, replay: ReplayBuffer) -> Batch:
+    slots = torch.from_numpy(replay.draw(args.batch_size, state.rng)).to(replay.device)
+    return Batch(*(tensor.to(state.device) for tensor in replay.gather(slots)))
+
+
+def read_losses(losses: dict[str, Tensor], where: str) -> dict[str, float]:
+    """The results of `update` as numbers; waits for the device.
+
+    Raises:
+        SystemExit: with one line, if the loss is not finite any more.
+    """
+    values = {name: value.item() for name, value in losses.items()}
+    if not math.isfinite(values["loss"]):
+        raise SystemExit(f"error: the loss is {values['loss']} at {where}; try a lower --learning-rate")
+    return values
+
+
+def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
+    """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is one for all or one for each."""
+    random_actions = rng.integers(q_values.shape[1], size=len(q_values))
+    return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
+
+
+@torch.no_grad()
+def compute_q_values(network: nn.Module, device: torch.device, observations: np.ndarray) -> np.ndarray:
+    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
+    return network(torch.from_numpy(observations).to(device)).cpu().numpy()
+
+
+def fill_teacher_buffer(
+    args: Args, state: TrainState, teacher: TeacherNetwork, envs: ParallelEnvs, replay: ReplayBuffer
+) -> None:
+    """Phase 1: the teacher plays, ε falling all the while; the buffer keeps what it saw, did and thought."""
+    observations = envs.reset(seed=(args.seed, FILL_SEED))
+    replay.start(observations)
+    with tqdm(total=args.teacher_steps, desc="teacher", unit=" steps") as progress:
+        for first_step in range(0, args.teacher_steps, args.num_envs):
+            teacher_q_values = compute_q_values(teacher, state.device, observations)
+            steps = first_step + np.arange(args.num_envs)
+            epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
+            actions = explore(state.rng, epsilon, teacher_q_values)
+            envs.step_async(actions)
+            step = envs.step_wait()
+            replay.add(actions, step, teacher_q_values)
+            observations = step.observations
+            progress.update(args.num_envs)
+
+
+def train_offline(
+    args: Args,
+    state: TrainState,
+    replay: ReplayBuffer,
+    writer: SummaryWriter,
+    save_and_evaluate: Callable[[], float],
+) -> None:
+    """Phase 2: the student learns from what the teacher did, with a distillation coefficient of 1.
+
+    `save_and_evaluate` saves the student and returns its mean return.
+    """
+    with tqdm(total=args.offline_steps, desc="offline", unit=" updates") as progress:
+        while state.offline_step < args.offline_steps:
+            losses = update(state, sample_batch(args, state, replay), 1.0, args.temperature)
+            state.offline_step += 1
+            progress.update()
+            if state.offline_step % args.target_network_frequency == 0:
+                update_target_network(state, args.tau)
+            is_last = state.offline_step == args.offline_steps
+            if state.offline_step % LOSS_INTERVAL == 1 or is_last:
+                values = read_losses(losses, f"gradient step {state.offline_step} of the offline phase")
+                writer.add_scalar("charts/offline/loss", values["loss"], state.offline_step)
+                writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
+                writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], state.offline_step)
+            if state.offline_step % args.offline_eval_frequency == 0 or is_last:
+                mean_return = save_and_evaluate()
+                writer.add_scalar("charts/offline/avg_episodic_return", mean_return, state.offline_step)
+                progress.write(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
+
+
+def train_online(
+    args: Args,
+    state: TrainState,
+    teacher: TeacherNetwork,
+    coefficient: Callable[[int, Sequence[float]], float],
+    envs: ParallelEnvs,
+    replay: ReplayBuffer,
+    writer: SummaryWriter,
+) -> None:
+    """Phase 3: the student plays and learns, the less from the teacher the better it plays.
+
+    `coefficient` gives λ_t from the online environment step and the recent returns.
+    """
+    update_target_network(state, tau=1.0)
+    observations = envs.reset(seed=(args.seed, ONLINE_SEED))
+    replay.start(observations)
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    start_time = time.monotonic()
+    with tqdm(total=args.total_timesteps, desc="online", unit=" steps") as progress:
+        while state.online_step < args.total_timesteps:
+            steps = args.offline_steps + state.online_step + np.arange(args.num_envs)
+            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, steps)
+            actions = explore(state.rng, epsilon, compute_q_values(state.student, state.device, observations))
+            envs.step_async(actions)
+            # The rest of the loop needs nothing from the environments until they are waited for.
+            teacher_q_values = compute_q_values(teacher, state.device, observations)
+            learn_online(args, state, coefficient, replay, writer)
+            step = envs.step_wait()
+            replay.add(actions, step, teacher_q_values)
+            observations = step.observations
+            for game in step.finished_games:
+                plotted_step = args.offline_steps + state.online_step + game.env_index + 1
+                writer.add_scalar("charts/episodic_return", game.episodic_return, plotted_step)
+                writer.add_scalar("charts/episodic_length", game.episodic_length, plotted_step)
+                state.recent_returns.append(game.episodic_return)
+                progress.set_postfix({"mean return": f"{np.mean(state.recent_returns):.1f}"}, refresh=False)
+            state.online_step += args.num_envs
+            progress.update(args.num_envs)
+            is_last = state.online_step >= args.total_timesteps
+            if state.online_step % CHART_INTERVAL < args.num_envs or is_last:
+                plotted_step = args.offline_steps + state.online_step
+                distill_coeff = coefficient(state.online_step, state.recent_returns)
+                steps_per_second = state.online_step / (time.monotonic() - start_time)
+                writer.add_scalar("charts/epsilon", epsilon[-1], plotted_step)
+                writer.add_scalar("charts/distill_coeff", distill_coeff, plotted_step)
+                writer.add_scalar("charts/SPS", steps_per_second, plotted_step)
+    learn_online(args, state, coefficient, replay, writer)
+
+
+def learn_online(
+    args: Args,
+    state: TrainState,
+    coefficient: Callable[[int, Sequence[float]], float],
+    replay: ReplayBuffer,
+    writer: SummaryWriter,
+) -> None:
+    """Does the gradient steps and target updates that the environment steps so far call for, in order."""
+    while state.learned_step < min(state.online_step, args.total_timesteps):
+        state.learned_step += 1
+        if state.learned_step <= args.learning_starts:
+            continue
+        if state.learned_step % args.train_frequency == 0 and replay.can_draw():
+            distill_coeff = coefficient(state.learned_step, state.recent_returns)
+            losses = update(state, sample_batch(args, state, replay), distill_coeff, args.temperature)
+            state.online_gradient_steps += 1
+            is_last = state.learned_step + args.train_frequency > args.total_timesteps
+            if state.online_gradient_steps % LOSS_INTERVAL == 1 or is_last:
+                values = read_losses(losses, f"online environment step {state.learned_step}")
+                for name, value in values.items():
+                    writer.add_scalar(f"losses/{name}", value, args.offline_steps + state.learned_step)
+        if state.learned_step % args.target_network_frequency == 0:
+            update_target_network(state, args.tau)
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def check_teacher_return(teacher_return: float, baseline_return: float) -> None:
+    """Refuses a teacher whose return gives the distillation coefficient no meaning.
+
+    Raises:
+        SystemExit: with one line that says what to do.
+    """
+    if teacher_return > baseline_return:
+        return
+    if baseline_return == 0:
+        fault = "λ = 1 − G / G_T means nothing unless G_T > 0; use --return-normalization random"
+    else:
+        fault = f"the random player's is {baseline_return}; use a better teacher"
+    raise SystemExit(f"error: the teacher's mean return is {teacher_return:.2f}: {fault}")
+
+
+def save_student(student: StudentNetwork, path: Path) -> None:
+    """Writes the state dict, all of it or nothing."""
+    state_dict = {name: tensor.cpu().contiguous() for name, tensor in student.state_dict().items()}
+    torch.save(state_dict, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def main(args: Args) -> None:
+    check_arguments(args)
+    num_actions = count_actions(args.env_id)
+    baseline_return = random_return(args.env_id, args.return_normalization)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    # A tenth more slots than steps, for the observations that end an episode.
+    teacher_capacity = min(args.buffer_size, math.ceil(1.1 * args.teacher_steps))
+    online_capacity = min(args.buffer_size, math.ceil(1.1 * args.total_timesteps))
+    capacity = max(teacher_capacity, online_capacity)
+    buffer_place = place_replay_buffer(
+        args.buffer_device,
+        args.buffer_size,
+        num_bytes=ReplayBuffer.num_bytes(capacity, args.num_envs, num_actions, args.n_step),
+        num_workers=min(args.num_envs, available_cores()),
+        free_gpu=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+    )
+    teacher = load_teacher(args, num_actions, device)
+    state = create_train_state(args, num_actions, device)
+
+    run_folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    print(f"run: {run_folder}, on {device}")
+    if args.track:
+        start_tracking(run_folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
+    writer = SummaryWriter(str(run_folder))
+    options = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{options}")
+    make_game = partial(make_env, args.env_id, args.repeat_action_probability)
+
+    def make_envs() -> ParallelEnvs:
+        return ParallelEnvs([make_game] * args.num_envs)
+
+    def make_replay(capacity: int) -> ReplayBuffer:
+        device = torch.device(buffer_place)
+        return ReplayBuffer(capacity, args.num_envs, num_actions, args.n_step, args.gamma, device)
+
+    def play(network: nn.Module, games: int, name: str) -> list[float]:
+        """The returns of whole games, the same games each time."""
+        return evaluate(
+            make_game,
+            partial(compute_q_values, network, device),
+            games,
+            seed=(args.seed, EVALUATION_SEED),
+            epsilon=args.end_e,
+            video_folder=run_folder / "videos" / name if args.capture_video else None,
+        )
+
+    def save(name: str) -> None:
+        if args.save_model:
+            save_student(state.student, run_folder / f"{name}.cleanrl_model")
+
+    def save_and_evaluate() -> float:
+        save(f"{args.exp_name}-offline")
+        return float(np.mean(play(state.student, args.eval_episodes, "offline")))
+
+    try:
+        print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills a buffer")
+        teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
+        print(f"teacher: mean return {teacher_return:.2f}")
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
+        check_teacher_return(teacher_return, baseline_return)
+        replay = make_replay(teacher_capacity)
+        with make_envs() as envs:
+            fill_teacher_buffer(args, state, teacher, envs, replay)
+
+        print("(2) the student learns offline from that buffer")
+        train_offline(args, state, replay, writer, save_and_evaluate)
+        del replay  # before the online buffer needs the memory
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, args.offline_steps)
+
+        print("(3) the student plays and learns online")
+        coefficient = partial(
+            distill_coefficient,
+            teacher_return=teacher_return,
+            baseline_return=baseline_return,
+            distill_steps=args.distill_steps,
+        )
+        with make_envs() as envs:
+            train_online(args, state, teacher, coefficient, envs, make_replay(online_capacity), writer)
+        last_step = args.offline_steps + state.online_step
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, last_step)
+
+        save(args.exp_name)
+        final_returns = play(state.student, args.eval_episodes, "final")
+        for game, episodic_return in enumerate(final_returns):
+            writer.add_scalar("eval/episodic_return", episodic_return, game)
+        print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
+    except (KeyboardInterrupt, WorkerError) as stop:
+        if state.offline_step or state.online_step:
+            save(args.exp_name)
+        print("interrupted" if isinstance(stop, KeyboardInterrupt) else f"error: {stop}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 1) from None
+    finally:
+        writer.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
