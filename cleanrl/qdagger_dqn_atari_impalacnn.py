@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# PyTorch's threads would otherwise spin while they wait, and take the cores from the environment workers.
+# PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import cv2
@@ -573,7 +573,7 @@ def td_loss(q_values: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
 def distill_loss(q_values: Tensor, teacher_q_values: Tensor, temperature: float) -> Tensor:
     """mean over the batch of Σ_a π_T (log π_T − log π), where π = softmax(Q / temperature).
 
-    Agarwal et al. (2022), section 4.1. Both Q-values are (batch, num_actions).
+    The distillation term of QDagger (Agarwal et al., 2022). Both Q-values are (batch, num_actions).
     """
     log_policy = F.log_softmax(q_values / temperature, dim=1)
     teacher_log_policy = F.log_softmax(teacher_q_values / temperature, dim=1)
@@ -733,7 +733,9 @@ def train_offline(
                 writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
                 writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], state.offline_step)
             if state.offline_step % args.offline_eval_frequency == 0 or is_last:
+                progress.set_postfix_str("playing games")
                 mean_return = save_and_evaluate()
+                progress.set_postfix_str("")
                 writer.add_scalar("charts/offline/avg_episodic_return", mean_return, state.offline_step)
                 progress.write(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
 
@@ -890,7 +892,7 @@ def main(args: Args) -> None:
 
     def save_and_evaluate() -> float:
         save(f"{args.exp_name}-offline")
-        return float(np.mean(play(state.student, args.eval_episodes, "offline")))
+        return float(np.mean(play(state.student, args.eval_episodes, f"offline-{state.offline_step}")))
 
     try:
         print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills a buffer")

@@ -123,7 +123,7 @@ def test_the_published_smoke_settings_work_as_a_command(tmp_path):
     network = script.StudentNetwork(num_actions=6)
     network.load_state_dict(student)
     assert read_events(only_run(tmp_path)).keys() >= TAGS
-    assert re.search(r"memory: the replay buffer takes", output)
+    assert re.search(r"memory: 0\.00 GB of host memory for the replay buffer", output)
 
 
 @pytest.mark.parametrize(("num_envs", "save_model"), [(1, True), (3, False), (16, True)])

@@ -44,9 +44,10 @@ def place_replay_buffer(
     Raises:
         SystemExit: with one line, if it does not fit.
     """
-    free = {"cpu": available_host_memory() - PROCESS_BYTES - num_workers * WORKER_BYTES}
+    beside = {"cpu": PROCESS_BYTES + num_workers * WORKER_BYTES, "cuda": GPU_BYTES}
+    free = {"cpu": available_host_memory() - beside["cpu"]}
     if free_gpu is not None:
-        free["cuda"] = free_gpu - GPU_BYTES
+        free["cuda"] = free_gpu - beside["cuda"]
     place = choice
     if choice == "auto":
         place = "cuda" if free.get("cuda", 0) >= num_bytes else "cpu"
@@ -54,8 +55,8 @@ def place_replay_buffer(
         raise SystemExit("error: --buffer-device cuda needs a GPU that can be used; use --buffer-device cpu")
     memory = {"cpu": "host memory", "cuda": "GPU memory"}[place]
     print(
-        f"memory: the replay buffer takes up to {gigabytes(num_bytes)} of {memory}, where "
-        f"{gigabytes(max(free[place], 0))} are left for it"
+        f"memory: {gigabytes(num_bytes)} of {memory} for the replay buffer, about {gigabytes(beside[place])} "
+        f"for all else; {gigabytes(free[place] + beside[place])} are free"
     )
     if num_bytes > free[place]:
         fitting = int(0.99 * buffer_size * max(free[place], 0) / num_bytes)

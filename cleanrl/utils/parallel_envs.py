@@ -13,7 +13,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver, resource_tracker
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -98,6 +97,8 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
 
 def _start_fork_server(context) -> None:
     """Starts the process that workers fork from, deaf to the Ctrl-C that ends the main process."""
+    from multiprocessing import forkserver, resource_tracker  # fail to import on Windows
+
     context.set_forkserver_preload([name for name in HEAVY_MODULES if name in sys.modules])
     resource_tracker.ensure_running()  # first, as its own start unblocks SIGINT
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
