@@ -12,16 +12,13 @@ from cleanrl.qdagger_dqn_atari_impalacnn import Args
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = [
-    shlex.split(command)
-    for page in PAGES
-    for command in re.findall(r"python cleanrl/qdagger_dqn_atari_impalacnn\.py(.*)", page.read_text("utf-8"))
-]
+SCRIPT_COMMAND = re.compile(r"python cleanrl/qdagger_dqn_atari_impalacnn\.py(.*)")
+COMMANDS = sorted({options for page in PAGES for options in SCRIPT_COMMAND.findall(page.read_text("utf-8"))})
 
 
-@pytest.mark.parametrize("options", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("options", COMMANDS)
 def test_commands_in_the_docs_are_accepted(options):
-    args = tyro.cli(Args, args=options)
+    args = tyro.cli(Args, args=shlex.split(options))
     if args.teacher_model_path:
         assert (ROOT / args.teacher_model_path).is_file()
 
