@@ -99,7 +99,7 @@ def test_safetensors_need_no_torch(tmp_path):
     assert refused.returncode == 1
     assert (
         refused.stderr
-        == f"{tmp_path / 'b'} is in torch's format; pip install torch, or use a safetensors file.\n"
+        == f"error: {tmp_path / 'b'} is in torch's format; pip install torch, or use a safetensors file.\n"
     )
 
 
