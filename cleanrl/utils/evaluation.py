@@ -47,7 +47,7 @@ def evaluate(
     env_fns = [
         partial(make_env, video_folder=video_folder if copy == 0 else None) for copy in range(num_envs)
     ]
-    with ParallelEnvs(env_fns) as envs:
+    with ParallelEnvs(env_fns, probe_fn=make_env) as envs:  # the probe must not take the video's place
         observations = envs.reset(seed)
         while games_left.any():
             playing = games_left > 0

@@ -117,11 +117,17 @@ class ParallelEnvs:
     Args:
         env_fns: one picklable function per copy that makes it.
         num_workers: processes; by default one per CPU core this process may use, and at most one per copy.
+        probe_fn: makes an environment with the same spaces, to look at; by default the first of `env_fns`.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], num_workers: int | None = None):
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        num_workers: int | None = None,
+        probe_fn: Callable[[], gym.Env] | None = None,
+    ):
         self.num_envs = len(env_fns)
-        probe = env_fns[-1]()
+        probe = (probe_fn or env_fns[0])()
         self.observation_space, self.action_space = probe.observation_space, probe.action_space
         probe.close()
         stacked = (self.num_envs, *self.observation_space.shape)
