@@ -26,7 +26,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-LOCAL_TEACHER = "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE"
+LOCAL_TEACHER = (
+    "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE"
+    " (cleanrl/teachers has Pong and Breakout)"
+)
 
 
 def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
