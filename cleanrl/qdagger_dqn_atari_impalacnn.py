@@ -727,12 +727,14 @@ def train_offline(
             if state.offline_step % args.target_network_frequency == 0:
                 update_target_network(state, args.tau)
             is_last = state.offline_step == args.offline_steps
-            if state.offline_step % LOSS_INTERVAL == 1 or is_last:
+            evaluates = state.offline_step % args.offline_eval_frequency == 0 or is_last
+            # Before an evaluation too: a student that is no longer finite must not be saved over a good one.
+            if state.offline_step % LOSS_INTERVAL == 1 or evaluates:
                 values = read_losses(losses, f"gradient step {state.offline_step} of the offline phase")
                 writer.add_scalar("charts/offline/loss", values["loss"], state.offline_step)
                 writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
                 writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], state.offline_step)
-            if state.offline_step % args.offline_eval_frequency == 0 or is_last:
+            if evaluates:
                 progress.set_postfix_str("playing games")
                 mean_return = save_and_evaluate()
                 progress.set_postfix_str("")
@@ -851,7 +853,7 @@ def main(args: Args) -> None:
     capacity = max(teacher_capacity, online_capacity)
     buffer_place = place_replay_buffer(
         args.buffer_device,
-        args.buffer_size,
+        capacity,
         num_bytes=ReplayBuffer.num_bytes(capacity, args.num_envs, num_actions, args.n_step),
         num_workers=min(args.num_envs, available_cores()),
         free_gpu=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,

@@ -45,7 +45,7 @@ def test_the_buffer_goes_where_it_fits(place, choice, host_gb, gpu_gb, expected)
             "auto",
             3.5,
             None,
-            ["--buffer-size 1000000 needs 3.50 GB more host memory", "use --buffer-size 495000"],
+            ["1,000,000 frames needs 3.50 GB more host memory", "use --buffer-size 495000"],
         ),
         ("auto", 3.5, 6, ["3.50 GB more host memory"]),
         ("cuda", 8, 3.5, ["3.50 GB more GPU memory", "--buffer-size 495000 or --buffer-device cpu"]),

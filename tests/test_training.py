@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_a_saved_student_and_closed_event_files(tmp_path):
         ("--env-id PooyanNoFrameskip-v4 --return-normalization random", ["random", "PooyanNoFrameskip-v4"]),
         ("--teacher-model-path no.such.file", ["no.such.file", "does not exist"]),
         ("--env-id BreakoutNoFrameskip-v4", [str(PONG_TEACHER), "6 actions", "4"]),
-        ("--buffer-size 1000000000 --teacher-steps 1000000000", ["1000000000", "GB", "use --buffer-size"]),
+        ("--buffer-size 1000000000 --teacher-steps 1000000000", ["1,000,000,000 frames", "use --buffer-size"]),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_in_one_line_before_any_work(tmp_path, options, words):
@@ -185,6 +185,21 @@ def test_nonsense_is_refused_in_one_line_before_any_work(tmp_path, options, word
     assert len(errors.strip().splitlines()) == 1, errors
     assert all(word in errors for word in words), errors
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_buffer_size_that_is_advised_fits_when_the_steps_bound_the_buffer(monkeypatch):
+    monkeypatch.setattr("cleanrl.utils.memory.available_host_memory", lambda: 10 * 10**9)
+
+    def past_the_check(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "load_teacher", past_the_check)
+    args = dataclasses.replace(TINY, buffer_size=10**9, teacher_steps=10**7, cuda=False)
+    with pytest.raises(SystemExit, match="GB more host memory") as stop:
+        script.main(args)
+    advised = int(re.search(r"use --buffer-size (\d+)", str(stop.value)).group(1))
+    with pytest.raises(InterruptedError):
+        script.main(dataclasses.replace(args, buffer_size=advised))
 
 
 def test_a_teacher_with_no_meaning_for_the_coefficient_is_refused(train):
@@ -398,10 +413,21 @@ def test_one_update_is_an_adam_step_down_the_sum_of_both_losses():
 
 
 def test_a_loss_that_turns_nan_stops_the_run_and_says_where():
-    args = dataclasses.replace(TINY, learning_rate=1e30, offline_steps=10)
+    args = dataclasses.replace(TINY, learning_rate=1e30, offline_steps=10, offline_eval_frequency=100)
     state = script.create_train_state(args, 6, torch.device("cpu"))
     with pytest.raises(SystemExit, match=r"nan at gradient step 10 of the offline phase; .*--learning-rate"):
         script.train_offline(args, state, filled_replay(), NoWriter(), lambda: 0.0)
+
+
+def test_a_student_that_turned_nan_is_not_saved_over_a_good_one():
+    args = dataclasses.replace(TINY, learning_rate=1e30, offline_steps=10, offline_eval_frequency=5)
+    state = script.create_train_state(args, 6, torch.device("cpu"))
+
+    def save_and_evaluate():
+        raise AssertionError("saved")
+
+    with pytest.raises(SystemExit, match="nan at gradient step 5 of the offline phase"):
+        script.train_offline(args, state, filled_replay(), NoWriter(), save_and_evaluate)
 
 
 def test_target_network_moves_by_tau():

@@ -30,14 +30,14 @@ def gigabytes(num_bytes: float) -> str:
 
 
 def place_replay_buffer(
-    choice: str, buffer_size: int, num_bytes: int, num_workers: int, free_gpu: int | None
+    choice: str, capacity: int, num_bytes: int, num_workers: int, free_gpu: int | None
 ) -> str:
     """Says what the run will need and decides where the replay buffer lies: "cpu" or "cuda".
 
     Args:
         choice: "auto" (on the training device if it fits, else in host memory), "cpu" or "cuda".
-        buffer_size: what the user asked for, to say what would fit.
-        num_bytes: what the largest buffer of the run takes.
+        capacity: frames of the largest buffer of the run, to say what would fit.
+        num_bytes: what it takes.
         num_workers: worker processes of the run.
         free_gpu: free bytes of the training device; None if that is the host.
 
@@ -59,12 +59,12 @@ def place_replay_buffer(
         f"for all else; {gigabytes(free[place] + beside[place])} are free"
     )
     if num_bytes > free[place]:
-        fitting = int(0.99 * buffer_size * max(free[place], 0) / num_bytes)
+        fitting = int(0.99 * capacity * max(free[place], 0) / num_bytes)
         remedies = [f"--buffer-size {fitting}"] if fitting else []
         remedies += ["--buffer-device cpu"] if place == "cuda" and num_bytes <= free["cpu"] else []
         lacking = gigabytes(num_bytes - free[place])
         raise SystemExit(
-            f"error: --buffer-size {buffer_size} needs {lacking} more {memory} than there is; "
+            f"error: a replay buffer of {capacity:,} frames needs {lacking} more {memory} than there is; "
             + (f"use {' or '.join(remedies)}" if remedies else "free some memory first")
         )
     return place
