@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_a_saved_student_and_closed_event_files(tmp_path):
         ("--env-id PooyanNoFrameskip-v4 --return-normalization random", ["random", "PooyanNoFrameskip-v4"]),
         ("--teacher-model-path no.such.file", ["no.such.file", "does not exist"]),
         ("--env-id BreakoutNoFrameskip-v4", [str(PONG_TEACHER), "6 actions", "4"]),
-        ("--buffer-size 1000000000 --teacher-steps 1000000000", ["1,000,000,000 frames", "use --buffer-size"]),
+        ("--buffer-size 1000000000 --teacher-steps 1000000000", ["1,000,000,000", "use --buffer-size"]),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_in_one_line_before_any_work(tmp_path, options, words):
