@@ -2,7 +2,8 @@
 
 Each file pins what `dependencies` and some extras of pyproject.toml need, in the lock's versions. The lock
 holds the CUDA build of torch. What only that build needs is left out: torch itself asks for the companions of
-whichever build pip chooses, and a pin here would force gigabytes of CUDA onto a machine without a GPU.
+whichever build pip chooses, and a pin here would force gigabytes of CUDA onto a machine without a GPU. Only
+requirements-jax-cuda.txt is for machines with one: jax itself needs no CUDA, its plugin asks for it by name.
 """
 
 import itertools
@@ -20,8 +21,9 @@ HERE = Path(__file__).resolve().parent
 EXTRAS_OF_FILE = {
     "atari": ["atari"],
     "jax": ["jax"],
+    "jax-cuda": ["jax", "jax-cuda"],
     "track": ["track"],
-    "tests": ["atari", "tests"],
+    "tests": ["atari", "jax", "tests"],
     "docs": ["docs"],
 }
 CUDA_BUILD = re.compile(r"nvidia-|cuda-|triton$")
@@ -56,6 +58,14 @@ def environments(marker: str, extras: Iterable[str]) -> list[dict]:
     return [e for e in ENVIRONMENTS if any(parsed.evaluate(e | {"extra": x}) for x in ["", *extras])]
 
 
+def without_extras(marker: str) -> str:
+    """What a marker leaves to ask of the machine when the extras it names are asked for."""
+    conditions = marker.split(" and ")
+    if "extra" in marker and " or " in marker:
+        raise SystemExit(f"export.py cannot take the extra out of the marker {marker}")
+    return " and ".join(c for c in conditions if not c.startswith("extra "))
+
+
 def python_bounds(pythons: set[str]) -> str:
     """The marker of a run of PYTHONS, '' for all of them."""
     first, end = PYTHONS.index(min(pythons)), PYTHONS.index(max(pythons)) + 1
@@ -68,7 +78,10 @@ def ways_to_packages(packages: dict[str, list[dict]], roots: list[str]) -> dict[
     """Package that the roots need -> the ways that lead to it: on each way, all of its markers must hold."""
     ways: dict[str, set[frozenset[str]]] = {}
     visited = set()
-    to_visit = [(r.name, frozenset(r.extras), frozenset()) for r in map(Requirement, roots)]
+    to_visit = [
+        (r.name, frozenset(r.extras), frozenset([str(r.marker)] if r.marker else []))
+        for r in map(Requirement, roots)
+    ]
     while to_visit:
         name, extras, way = to_visit.pop()
         name = canonicalize_name(name)
@@ -89,11 +102,8 @@ def ways_to_packages(packages: dict[str, list[dict]], roots: list[str]) -> dict[
             if not where:
                 continue
             always = len(where) == len(ENVIRONMENTS)
-            if not always and "extra" in marker:
-                raise SystemExit(f"export.py cannot take the extra out of {name}'s marker {marker}")
-            to_visit.append(
-                (dependency, frozenset(spec.get("extras", ())), way if always else way | {marker})
-            )
+            way_there = way if always else way | {without_extras(marker)}
+            to_visit.append((dependency, frozenset(spec.get("extras", ())), way_there))
     return {name: {w for w in found if not any(v < w for v in found)} for name, found in ways.items()}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,10 +19,12 @@ LOCKED = {(canonicalize_name(p["name"]), p["version"]) for p in LOCK["package"]}
 EXTRAS = {
     "atari": ["atari"],
     "jax": ["jax"],
+    "jax-cuda": ["jax", "jax-cuda"],
     "track": ["track"],
-    "tests": ["atari", "tests"],
+    "tests": ["atari", "jax", "tests"],
     "docs": ["docs"],
 }
+CUDA = re.compile(r"nvidia-|cuda-|triton|jax-cuda")
 
 
 def pins(name: str) -> list[Requirement]:
@@ -29,14 +32,18 @@ def pins(name: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("#")]
 
 
-def versions_on(name: str, python: str, sys_platform: str) -> dict[str, str]:
-    """What `pip install -r` pins on one kind of machine; a package pinned twice there is an error."""
-    environment = default_environment() | {
+def environment_of(python: str, sys_platform: str) -> dict[str, str]:
+    return default_environment() | {
         "python_version": python,
         "python_full_version": f"{python}.0",
         "sys_platform": sys_platform,
         "platform_system": {"linux": "Linux", "darwin": "Darwin"}[sys_platform],
     }
+
+
+def versions_on(name: str, python: str, sys_platform: str) -> dict[str, str]:
+    """What `pip install -r` pins on one kind of machine; a package pinned twice there is an error."""
+    environment = environment_of(python, sys_platform)
     versions: dict[str, str] = {}
     for pin in pins(name):
         if pin.marker is None or pin.marker.evaluate(environment):
@@ -71,22 +78,68 @@ def test_files_hold_what_pyproject_asks_for_and_all_that_those_need(name, python
     versions = versions_on(name, python, sys_platform)
     asked = PROJECT["dependencies"] + [r for x in EXTRAS[name] for r in PROJECT["optional-dependencies"][x]]
     for requirement in map(Requirement, asked):
+        if requirement.marker and not requirement.marker.evaluate(environment_of(python, sys_platform)):
+            continue
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier
 
     for package in LOCK["package"]:
         if versions.get(package["name"]) == package["version"]:
             for dependency, spec in package.get("dependencies", {}).items():
-                if isinstance(spec, str) and not re.match(r"nvidia-|cuda-|triton", dependency):
+                if isinstance(spec, str) and not (package["name"] == "torch" and CUDA.match(dependency)):
                     assert canonicalize_name(dependency) in versions, f"{package['name']} needs {dependency}"
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "jax-cuda"])
 def test_no_file_forces_a_cuda_build(name):
-    assert not [pin.name for pin in pins(name) if re.match(r"nvidia-|cuda-|triton", pin.name)]
+    assert not [pin.name for pin in pins(name) if CUDA.match(pin.name)]
 
 
-def test_the_jax_scripts_need_no_torch():
-    assert "torch" not in {pin.name for pin in pins("jax")}
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_jax_cuda_is_jax_and_all_that_its_cuda_plugin_needs(python):
+    [plugin] = [p for p in LOCK["package"] if re.fullmatch(r"jax-cuda\d+-plugin", p["name"])]
+    jax, jax_cuda = versions_on("jax", python, "linux"), versions_on("jax-cuda", python, "linux")
+    cuda = {name: version for name, version in jax_cuda.items() if CUDA.match(name)}
+    assert jax_cuda == jax | cuda
+    assert cuda.keys() >= {plugin["name"], *plugin["dependencies"]}
+    assert any(name.startswith("nvidia-") for name in plugin["dependencies"])
+    # jax warns of a plugin of another version, and does not use it
+    of_jax = {version for name, version in jax_cuda.items() if re.match(r"jax$|jaxlib$|jax-cuda", name)}
+    assert of_jax == {jax["jax"]}
+    ranges = {
+        Requirement(r).specifier
+        for r in PROJECT["optional-dependencies"]["jax"] + PROJECT["optional-dependencies"]["jax-cuda"]
+        if re.match(r"jax\W|jax-cuda", r)
+    }
+    assert len(ranges) == 1
+    assert versions_on("jax-cuda", python, "darwin") == versions_on("jax", python, "darwin")
+
+
+def test_torch_and_jax_share_one_cuda():
+    """What torch asks for of CUDA is what requirements-jax-cuda.txt pins: both can be installed together."""
+    versions = versions_on("jax-cuda", "3.11", "linux")
+    shared = {
+        name: re.sub(r"^(?=\d)", "==", spec["version"])
+        for package in LOCK["package"]
+        if package["name"] in ("torch", "cuda-toolkit")
+        for name, spec in package["dependencies"].items()
+        if CUDA.match(name) and name in versions
+    }
+    assert shared.keys() > {"nvidia-cublas", "nvidia-cudnn-cu13"}
+    for name, wanted in shared.items():
+        assert versions[name] in SpecifierSet(wanted), name
+
+
+@pytest.mark.parametrize("sys_platform", ["linux", "darwin"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("name", ["jax", "jax-cuda", "tests"])
+def test_files_can_be_installed_together_with_the_one_for_torch(name, python, sys_platform):
+    atari, other = versions_on("atari", python, sys_platform), versions_on(name, python, sys_platform)
+    assert {n: other[n] for n in atari if n in other} == {n: atari[n] for n in atari if n in other}
+
+
+@pytest.mark.parametrize("name", ["jax", "jax-cuda"])
+def test_the_jax_scripts_need_no_torch(name):
+    assert "torch" not in {pin.name for pin in pins(name)}
     assert "torch" in {pin.name for pin in pins("atari")}
 
 
