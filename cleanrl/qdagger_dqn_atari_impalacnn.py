@@ -38,11 +38,12 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 from cleanrl.utils.arguments import check_arguments
 from cleanrl.utils.atari import count_actions, random_return
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
-from cleanrl.utils.hub import download
+from cleanrl.utils.hub import download, teacher_filename
+from cleanrl.utils.interrupts import uninterrupted
 from cleanrl.utils.memory import place_replay_buffer
 from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
 from cleanrl.utils.tracking import start_tracking
-from cleanrl.utils.weights import check_weights, read_weights
+from cleanrl.utils.weights import fit_weights, read_weights
 
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
@@ -79,6 +80,8 @@ class Args:
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: float = 0.0
     """sticky actions: the probability that the game repeats the last action instead (the paper: 0.25)"""
+    dense_width: int = 256
+    """units of the student's dense layer (the paper: 512)"""
     num_envs: int = 8
     """copies of the game that step in parallel; all counts below are of steps over all copies"""
 
@@ -86,6 +89,12 @@ class Args:
     """environment steps (of 4 frames) of the online phase"""
     learning_rate: float = 1e-4
     """learning rate of Adam"""
+    final_learning_rate: float | None = None
+    """learning rate at a distillation coefficient of 0; in between, mixed (the paper: 1e-5; default: same)"""
+    adam_epsilon: float = 1e-8
+    """term in the denominator of Adam (the paper: 1.5e-4)"""
+    td_loss: Literal["mse", "huber"] = "mse"
+    """how the TD error is penalised (the paper: huber)"""
     buffer_size: int = 1_000_000
     """frames the replay buffer holds: one per transition and one per end of an episode"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -106,6 +115,8 @@ class Args:
     """epsilon at the end, and in every evaluation"""
     exploration_fraction: float = 0.10
     """share of total_timesteps in which epsilon falls; it starts falling with the offline phase"""
+    exploration_steps: int | None = None
+    """online environment steps in which epsilon falls, instead of that share (the paper: 50,000)"""
     learning_starts: int = 80_000
     """online environment steps before the first online gradient step"""
     train_frequency: int = 4
@@ -114,11 +125,11 @@ class Args:
     teacher_policy_hf_repo: str | None = None
     """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
     teacher_model_exp_name: str = "dqn_atari"
-    """the teacher's file in that repository is {teacher_model_exp_name}.cleanrl_model"""
+    """the teacher's file in that repository is {teacher_model_exp_name}.cleanrl_model (sb3/name: name.zip)"""
     teacher_revision: str | None = None
     """branch, tag or commit of that repository"""
     teacher_model_path: Path | None = None
-    """a teacher in a local file (torch state dict or safetensors), instead of the Hub's"""
+    """a teacher in a local file (torch, flax, safetensors or Stable-Baselines3's zip), not from the Hub"""
     teacher_eval_episodes: int = 10
     """games that measure the teacher's return"""
     teacher_steps: int = 500_000
@@ -131,6 +142,8 @@ class Args:
     """games in each evaluation of the student"""
     temperature: float = 1.0
     """temperature of the policies softmax(Q / temperature) in the distillation loss (the paper: 0.1)"""
+    distill_weight: float = 1.0
+    """weight of the distillation loss, a factor beside the distillation coefficient (the paper: 3.0)"""
     distill_steps: int | None = None
     """t0, the online environment step that ends the teacher's influence (the paper: 1.5M; default: never)"""
     return_normalization: Literal["none", "random"] = "none"
@@ -349,7 +362,7 @@ class ConvSequence(nn.Module):
 class StudentNetwork(nn.Module):
     """The Impala-CNN (Espeholt et al., 2018): uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
 
-    def __init__(self, num_actions: int):
+    def __init__(self, num_actions: int, dense_width: int = 256):
         super().__init__()
         self.network = nn.Sequential(
             ConvSequence(4, 16),
@@ -357,9 +370,9 @@ class StudentNetwork(nn.Module):
             ConvSequence(32, 32),
             nn.Flatten(),
             nn.ReLU(),
-            nn.Linear(3872, 256),
+            nn.Linear(3872, dense_width),
             nn.ReLU(),
-            nn.Linear(256, num_actions),
+            nn.Linear(dense_width, num_actions),
         )
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -482,11 +495,11 @@ class ReplayBuffer:
         oldest = np.where(overwritten > 0, overwritten + 3, 0)
         return np.maximum(self.heads - self.n_step + 1 - oldest, 0)
 
-    def can_draw(self) -> bool:
-        return bool(self._drawable_per_env().any())
-
     def draw(self, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws the slots of transitions, int64 (batch_size,), uniformly and with replacement."""
+        """Draws the slots of transitions, int64 (batch_size,), uniformly and with replacement.
+
+        There are some once every environment has made n steps; before, this would not end.
+        """
         ends = np.cumsum(self._drawable_per_env())
         slots = np.empty(batch_size, dtype=np.int64)
         missing = np.arange(batch_size)
@@ -544,12 +557,10 @@ def load_teacher(args: Args, num_actions: int, device: torch.device) -> TeacherN
     path = args.teacher_model_path
     if path is None:
         repo_id = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
-        path = download(repo_id, f"{args.teacher_model_exp_name}.cleanrl_model", args.teacher_revision)
+        filename = teacher_filename(repo_id, args.teacher_model_exp_name)
+        path = download(repo_id, filename, args.teacher_revision)
     teacher = TeacherNetwork(num_actions)
-    weights = read_weights(path)
-    check_weights(
-        weights, {name: tuple(value.shape) for name, value in teacher.state_dict().items()}, str(path)
-    )
+    weights = fit_weights(read_weights(path), teacher.state_dict(), str(path))
     teacher.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return teacher.to(device).requires_grad_(False)
 
@@ -565,9 +576,15 @@ def td_targets(rewards: Tensor, terminations: Tensor, discounts: Tensor, next_q_
     return rewards + discounts * (1 - terminations) * next_q_values.max(dim=1).values
 
 
-def td_loss(q_values: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
-    """mean((y − Q(s, a))²) of Q-values (batch, num_actions), actions int64 (batch,), targets y (batch,)."""
-    return (targets - q_values.gather(1, actions[:, None]).squeeze(1)).square().mean()
+def td_loss(q_values: Tensor, actions: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
+    """mean((y − Q(s, a))²) of Q-values (batch, num_actions), actions int64 (batch,), targets y (batch,).
+
+    With kind "huber", half the square of errors up to 1, and |error| − 1/2 of larger ones.
+    """
+    q_of_actions = q_values.gather(1, actions[:, None]).squeeze(1)
+    if kind == "huber":
+        return F.huber_loss(q_of_actions, targets)
+    return (targets - q_of_actions).square().mean()
 
 
 def distill_loss(q_values: Tensor, teacher_q_values: Tensor, temperature: float) -> Tensor:
@@ -599,9 +616,26 @@ def distill_coefficient(
     return max(1.0 - (student_return - baseline_return) / (teacher_return - baseline_return), 0.0)
 
 
+def learning_rate(args: Args, distill_coeff: float) -> float:
+    """From `learning_rate` at a distillation coefficient of 1 to `final_learning_rate` at 0."""
+    final = args.learning_rate if args.final_learning_rate is None else args.final_learning_rate
+    return final + (args.learning_rate - final) * distill_coeff
+
+
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
     """Goes linearly from `start` at step 0 to `end` at step `duration` and stays there."""
     return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
+
+
+def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
+    """ε of environment steps of the online phase.
+
+    As published it has been falling since the offline phase started; with `exploration_steps` it starts now.
+    """
+    if args.exploration_steps is not None:
+        return linear_schedule(args.start_e, args.end_e, args.exploration_steps, online_steps)
+    duration = args.exploration_fraction * args.total_timesteps
+    return linear_schedule(args.start_e, args.end_e, duration, args.offline_steps + np.asarray(online_steps))
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -630,22 +664,25 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     # Convolutions are a third faster in this memory format.
-    student = StudentNetwork(num_actions).to(device, memory_format=torch.channels_last)
-    target_network = StudentNetwork(num_actions).to(device, memory_format=torch.channels_last)
+    student, target_network = (
+        StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     target_network.requires_grad_(False).load_state_dict(student.state_dict())
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, eps=args.adam_epsilon)
     return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed))
 
 
-def update(state: TrainState, batch: Batch, distill_coeff: float, temperature: float) -> dict[str, Tensor]:
+def update(args: Args, state: TrainState, batch: Batch, distill_coeff: float) -> dict[str, Tensor]:
     """One gradient step; returns its losses and the mean of Q(s, a), still on the device."""
     with torch.no_grad():
         next_q_values = state.target_network(batch.next_observations)
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
     q_values = state.student(batch.observations)
-    td = td_loss(q_values, batch.actions, targets)
-    distill = distill_loss(q_values, batch.teacher_q_values, temperature)
-    loss = td + distill_coeff * distill
+    td = td_loss(q_values, batch.actions, targets, args.td_loss)
+    distill = distill_loss(q_values, batch.teacher_q_values, args.temperature)
+    loss = td + distill_coeff * args.distill_weight * distill
+    state.optimizer.param_groups[0]["lr"] = learning_rate(args, distill_coeff)
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
@@ -721,7 +758,9 @@ def train_offline(
     """
     with tqdm(total=args.offline_steps, desc="offline", unit=" updates") as progress:
         while state.offline_step < args.offline_steps:
-            losses = update(state, sample_batch(args, state, replay), 1.0, args.temperature)
+            batch = sample_batch(args, state, replay)
+            with uninterrupted():
+                losses = update(args, state, batch, 1.0)
             state.offline_step += 1
             progress.update()
             if state.offline_step % args.target_network_frequency == 0:
@@ -729,7 +768,7 @@ def train_offline(
             is_last = state.offline_step == args.offline_steps
             evaluates = state.offline_step % args.offline_eval_frequency == 0 or is_last
             # Before an evaluation too: a student that is no longer finite must not be saved over a good one.
-            if state.offline_step % LOSS_INTERVAL == 1 or evaluates:
+            if state.offline_step % LOSS_INTERVAL == 0 or evaluates:
                 values = read_losses(losses, f"gradient step {state.offline_step} of the offline phase")
                 writer.add_scalar("charts/offline/loss", values["loss"], state.offline_step)
                 writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
@@ -758,12 +797,10 @@ def train_online(
     update_target_network(state, tau=1.0)
     observations = envs.reset(seed=(args.seed, ONLINE_SEED))
     replay.start(observations)
-    exploration_steps = args.exploration_fraction * args.total_timesteps
     start_time = time.monotonic()
     with tqdm(total=args.total_timesteps, desc="online", unit=" steps") as progress:
         while state.online_step < args.total_timesteps:
-            steps = args.offline_steps + state.online_step + np.arange(args.num_envs)
-            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, steps)
+            epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             actions = explore(state.rng, epsilon, compute_q_values(state.student, state.device, observations))
             envs.step_async(actions)
             # The rest of the loop needs nothing from the environments until they are waited for.
@@ -799,16 +836,19 @@ def learn_online(
     writer: SummaryWriter,
 ) -> None:
     """Does the gradient steps and target updates that the environment steps so far call for, in order."""
+    can_draw = state.online_step >= args.n_step * args.num_envs  # n rewards of every environment are known
     while state.learned_step < min(state.online_step, args.total_timesteps):
         state.learned_step += 1
         if state.learned_step <= args.learning_starts:
             continue
-        if state.learned_step % args.train_frequency == 0 and replay.can_draw():
+        if state.learned_step % args.train_frequency == 0 and can_draw:
             distill_coeff = coefficient(state.learned_step, state.recent_returns)
-            losses = update(state, sample_batch(args, state, replay), distill_coeff, args.temperature)
+            batch = sample_batch(args, state, replay)
+            with uninterrupted():
+                losses = update(args, state, batch, distill_coeff)
             state.online_gradient_steps += 1
             is_last = state.learned_step + args.train_frequency > args.total_timesteps
-            if state.online_gradient_steps % LOSS_INTERVAL == 1 or is_last:
+            if state.online_gradient_steps % LOSS_INTERVAL == 0 or is_last:
                 values = read_losses(losses, f"online environment step {state.learned_step}")
                 for name, value in values.items():
                     writer.add_scalar(f"losses/{name}", value, args.offline_steps + state.learned_step)

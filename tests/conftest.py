@@ -1,4 +1,12 @@
 import os
+import tempfile
 
 # Before any test module imports PyTorch: see the training script.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# What one JAX process compiled, the next one reads: most of a short run's time. Gone with the session, unless
+# the caller has a folder for it.
+compiled_programs = tempfile.TemporaryDirectory(prefix="jax_compiled_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled_programs.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -4,13 +4,23 @@ import dataclasses
 
 import pytest
 
+import cleanrl.qdagger_dqn_atari_impalacnn
+import cleanrl.qdagger_dqn_atari_jax_impalacnn
 from cleanrl.qdagger_dqn_atari_impalacnn import Args
 from cleanrl.utils.arguments import check_arguments
 
 
-def test_the_defaults_are_fine(capsys):
-    check_arguments(Args())
+@pytest.mark.parametrize(
+    "script", [cleanrl.qdagger_dqn_atari_impalacnn, cleanrl.qdagger_dqn_atari_jax_impalacnn]
+)
+def test_the_defaults_are_fine(script, capsys):
+    check_arguments(script.Args())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_outermost_seeds_are_fine(seed):
+    check_arguments(dataclasses.replace(Args(), seed=seed))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +47,7 @@ def test_the_defaults_are_fine(capsys):
             for name in ("temperature", "learning_rate")
             for value in (0.0, -1.0, float("inf"), float("nan"))
         ],
+        ({"seed": 2**32}, ["--seed 4294967296", "at most 4294967295"]),
         ({"batch_size": 33, "buffer_size": 32}, ["--batch-size 33", "--buffer-size 32"]),
         ({"buffer_device": "cuda", "cuda": False}, ["--buffer-device cuda", "--no-cuda"]),
         ({"teacher_steps": 10, "n_step": 3, "num_envs": 8}, ["--teacher-steps 10", "--n-step", "24"]),

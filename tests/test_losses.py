@@ -1,23 +1,73 @@
-"""The losses and schedules against NumPy in float64, finite differences, and cases worked out by hand."""
+"""Both scripts' losses and schedules against NumPy in float64, finite differences, and cases by hand."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 import torch
 
-from cleanrl.qdagger_dqn_atari_impalacnn import (
-    check_teacher_return,
-    distill_coefficient,
-    distill_loss,
-    linear_schedule,
-    td_loss,
-    td_targets,
-)
+from cleanrl import qdagger_dqn_atari_impalacnn as torch_script
+from cleanrl import qdagger_dqn_atari_jax_impalacnn as jax_script
 
 rng = np.random.default_rng(0)
 BATCH, ACTIONS = 7, 6
 Q_VALUES = rng.normal(size=(BATCH, ACTIONS))
 TEACHER_Q_VALUES = rng.normal(size=(BATCH, ACTIONS))
 TAKEN = rng.integers(ACTIONS, size=BATCH)
+SCRIPTS = {"torch": torch_script, "jax": jax_script}
+
+
+@dataclass
+class Framework:
+    """A script and how it takes arrays: floats in `dtype`, which its results must keep."""
+
+    script: ModuleType
+    dtype: type[np.floating]
+
+    @property
+    def tolerance(self) -> float:
+        """Relative: a few dozen roundings of 1e-16, or of 6e-8, on numbers up to 30."""
+        return 1e-12 if self.dtype == np.float64 else 1e-5
+
+    def array(self, values: np.ndarray) -> Any:
+        values = values if values.dtype == int else values.astype(self.dtype)
+        return torch.from_numpy(values) if self.script is torch_script else jnp.asarray(values)
+
+    def numpy(self, result: Any) -> np.ndarray:
+        result = np.asarray(result)
+        assert result.dtype == self.dtype
+        return result
+
+    def check_gradient(self, function: Callable[[Any], Any], at: np.ndarray) -> None:
+        """Fails unless the gradient agrees with finite differences."""
+        if self.script is torch_script:
+            assert torch.autograd.gradcheck(function, self.array(at).requires_grad_())
+        else:
+            jax.test_util.check_grads(function, (self.array(at),), order=1, modes=["rev"])
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request) -> ModuleType:
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture(params=[np.float64, np.float32], ids=["float64", "float32"])
+def framework(script, request) -> Iterator[Framework]:
+    """float32 is what the scripts compute in; float64 shows a formula that is almost right."""
+    with jax.enable_x64(request.param == np.float64):
+        yield Framework(script, request.param)
+
+
+@pytest.fixture
+def float64_framework(script) -> Iterator[Framework]:
+    with jax.enable_x64(True):
+        yield Framework(script, np.float64)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -25,53 +75,55 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def test_td_targets_are_the_formula():
+def test_td_targets_are_the_formula(framework):
     rewards, next_q_values = rng.normal(size=BATCH), rng.normal(size=(BATCH, ACTIONS))
-    terminations, discounts = rng.integers(2, size=BATCH).astype(float), rng.uniform(0.9, 1, BATCH)
+    terminations, discounts = np.arange(BATCH) % 2.0, rng.uniform(0.9, 1, BATCH)
     expected = [
         reward if terminated else reward + discount * max(q_values)
         for reward, terminated, discount, q_values in zip(
             rewards, terminations, discounts, next_q_values, strict=True
         )
     ]
-    targets = td_targets(*map(torch.tensor, (rewards, terminations, discounts, next_q_values)))
-    assert terminations.min() == 0
-    assert terminations.max() == 1
-    np.testing.assert_allclose(targets.numpy(), expected, rtol=1e-12)
+    targets = framework.script.td_targets(
+        *map(framework.array, (rewards, terminations, discounts, next_q_values))
+    )
+    tolerance = framework.tolerance
+    np.testing.assert_allclose(framework.numpy(targets), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_td_loss_is_the_formula():
+def test_td_loss_is_the_formula(framework):
     targets = rng.normal(size=BATCH)
     expected = np.mean([(y - q[a]) ** 2 for y, q, a in zip(targets, Q_VALUES, TAKEN, strict=True)])
-    loss = td_loss(torch.tensor(Q_VALUES), torch.tensor(TAKEN), torch.tensor(targets))
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss = framework.script.td_loss(*map(framework.array, (Q_VALUES, TAKEN, targets)))
+    assert framework.numpy(loss) == pytest.approx(expected, rel=framework.tolerance)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-def test_distill_loss_is_the_formula(temperature):
+def test_distill_loss_is_the_formula(framework, temperature):
     teacher, student = softmax(TEACHER_Q_VALUES / temperature), softmax(Q_VALUES / temperature)
     expected = np.mean(np.sum(teacher * (np.log(teacher) - np.log(student)), axis=1))
-    loss = distill_loss(torch.tensor(Q_VALUES), torch.tensor(TEACHER_Q_VALUES), temperature)
-    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    loss = framework.script.distill_loss(*map(framework.array, (Q_VALUES, TEACHER_Q_VALUES)), temperature)
+    assert framework.numpy(loss) == pytest.approx(expected, rel=framework.tolerance)
 
 
-def test_distill_loss_of_identical_policies_is_zero():
+def test_distill_loss_of_identical_policies_is_zero(framework):
     # Q-values that differ by a constant per state give the same policy.
-    shifted = torch.tensor(TEACHER_Q_VALUES + rng.normal(size=(BATCH, 1)))
-    assert distill_loss(shifted, torch.tensor(TEACHER_Q_VALUES), 0.5).item() == pytest.approx(0, abs=1e-12)
+    shifted = TEACHER_Q_VALUES + rng.normal(size=(BATCH, 1))
+    loss = framework.script.distill_loss(*map(framework.array, (shifted, TEACHER_Q_VALUES)), 0.5)
+    assert framework.numpy(loss) == pytest.approx(0, abs=framework.tolerance)
 
 
-def test_distill_loss_survives_a_policy_without_doubt():
-    certain = torch.tensor([[1000.0, 0.0, -1000.0]])
-    assert torch.isfinite(distill_loss(torch.zeros(1, 3), certain, 0.01))
+def test_distill_loss_survives_a_policy_without_doubt(framework):
+    certain = framework.array(np.array([[1000.0, 0.0, -1000.0]]))
+    loss = framework.script.distill_loss(framework.array(np.zeros((1, 3))), certain, 0.01)
+    assert np.isfinite(framework.numpy(loss))
 
 
-def test_gradients_agree_with_finite_differences():
-    q_values = torch.tensor(Q_VALUES, requires_grad=True)
-    taken, targets = torch.tensor(TAKEN), torch.tensor(rng.normal(size=BATCH))
-    teacher = torch.tensor(TEACHER_Q_VALUES)
-    assert torch.autograd.gradcheck(lambda q: td_loss(q, taken, targets), q_values)
-    assert torch.autograd.gradcheck(lambda q: distill_loss(q, teacher, 0.3), q_values)
+def test_gradients_agree_with_finite_differences(float64_framework):
+    script, array = float64_framework.script, float64_framework.array
+    taken, targets, teacher = array(TAKEN), array(rng.normal(size=BATCH)), array(TEACHER_Q_VALUES)
+    float64_framework.check_gradient(lambda q: script.td_loss(q, taken, targets), Q_VALUES)
+    float64_framework.check_gradient(lambda q: script.distill_loss(q, teacher, 0.3), Q_VALUES)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +145,8 @@ def test_gradients_agree_with_finite_differences():
         ([], 20.0, 0.0, 0, 0, 0.0),
     ],
 )
-def test_distill_coefficient(returns, teacher_return, baseline_return, step, distill_steps, expected):
-    coefficient = distill_coefficient(step, returns, teacher_return, baseline_return, distill_steps)
+def test_distill_coefficient(script, returns, teacher_return, baseline_return, step, distill_steps, expected):
+    coefficient = script.distill_coefficient(step, returns, teacher_return, baseline_return, distill_steps)
     assert coefficient == pytest.approx(expected, abs=1e-12)
 
 
@@ -103,21 +155,23 @@ def test_distill_coefficient(returns, teacher_return, baseline_return, step, dis
     [(0.0, 0.0, "--return-normalization random"), (-3.0, 0.0, "--return-normalization random"),
      (-20.7, -20.7, "better teacher"), (1.0, 1.7, "better teacher")],
 )  # fmt: skip
-def test_a_teacher_that_gives_the_coefficient_no_meaning_is_refused(teacher_return, baseline_return, advice):
+def test_a_teacher_that_gives_the_coefficient_no_meaning_is_refused(
+    script, teacher_return, baseline_return, advice
+):
     with pytest.raises(SystemExit, match=advice):
-        check_teacher_return(teacher_return, baseline_return)
+        script.check_teacher_return(teacher_return, baseline_return)
 
 
-def test_a_teacher_below_zero_is_fine_when_measured_from_the_random_player():
-    check_teacher_return(-5.0, -20.7)
+def test_a_teacher_below_zero_is_fine_when_measured_from_the_random_player(script):
+    script.check_teacher_return(-5.0, -20.7)
 
 
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 1.0), (500_000, 0.505), (1_000_000, 0.01), (9_000_000, 0.01)]
 )
-def test_epsilon_falls_as_published(step, expected):
-    assert linear_schedule(1.0, 0.01, 0.1 * 10_000_000, step) == pytest.approx(expected)
+def test_epsilon_falls_as_published(script, step, expected):
+    assert script.linear_schedule(1.0, 0.01, 0.1 * 10_000_000, step) == pytest.approx(expected)
 
 
-def test_a_schedule_without_duration_is_at_its_end():
-    np.testing.assert_allclose(linear_schedule(1.0, 0.01, 0, np.array([1, 2])), [0.01, 0.01])
+def test_a_schedule_without_duration_is_at_its_end(script):
+    np.testing.assert_allclose(script.linear_schedule(1.0, 0.01, 0, np.array([1, 2])), [0.01, 0.01])

@@ -20,9 +20,13 @@ LEAST = {
     "offline_eval_frequency": 1,
     "eval_episodes": 1,
     "distill_steps": 0,
+    "exploration_steps": 0,
+    "dense_width": 1,
 }
+MOST = {"seed": 2**32 - 1}  # what every generator takes
 FRACTIONS = ("repeat_action_probability", "gamma", "tau", "start_e", "end_e", "exploration_fraction")
-POSITIVE = ("learning_rate", "temperature")
+POSITIVE = ("learning_rate", "final_learning_rate", "adam_epsilon", "temperature")
+NOT_NEGATIVE = ("distill_weight",)
 
 
 def check_arguments(args: Any) -> None:
@@ -35,8 +39,12 @@ def check_arguments(args: Any) -> None:
     for name, value in options.items():
         if name in LEAST and value < LEAST[name]:
             refuse(name, value, f"must be at least {LEAST[name]}")
+        if name in MOST and value > MOST[name]:
+            refuse(name, value, f"must be at most {MOST[name]}")
         if name in FRACTIONS and not 0 <= value <= 1:
             refuse(name, value, "must lie between 0 and 1")
+        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+            refuse(name, value, "must be a number of at least 0")
         if name in POSITIVE and not 0 < value < math.inf:
             refuse(name, value, "must be a positive number")
     if args.batch_size > args.buffer_size:

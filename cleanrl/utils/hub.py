@@ -32,6 +32,12 @@ LOCAL_TEACHER = (
 )
 
 
+def teacher_filename(repo_id: str, exp_name: str) -> str:
+    """The name of the file with the teacher in a repo; Stable-Baselines3's zoo, sb3/…, names it otherwise."""
+    organization, _, name = repo_id.partition("/")
+    return f"{name}.zip" if organization == "sb3" else f"{exp_name}.cleanrl_model"
+
+
 def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
     """Returns the path, in the Hub's cache, of one file of a model repo; fetches it if it is not there.
 
