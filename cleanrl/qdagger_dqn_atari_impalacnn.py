@@ -80,11 +80,11 @@ class Args:
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: float = 0.0
     """sticky actions: the probability that the game repeats the last action instead (the paper: 0.25)"""
-    dense_width: int = 256
-    """units of the student's dense layer (the paper: 512)"""
     num_envs: int = 8
     """copies of the game that step in parallel; all counts below are of steps over all copies"""
 
+    dense_width: int = 256
+    """units of the student's dense layer (the paper: 512)"""
     total_timesteps: int = 10_000_000
     """environment steps (of 4 frames) of the online phase"""
     learning_rate: float = 1e-4

@@ -80,11 +80,11 @@ class Args:
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: float = 0.0
     """sticky actions: the probability that the game repeats the last action instead (the paper: 0.25)"""
-    dense_width: int = 256
-    """units of the student's dense layer (the paper: 512)"""
     num_envs: int = 8
     """copies of the game that step in parallel; all counts below are of steps over all copies"""
 
+    dense_width: int = 256
+    """units of the student's dense layer (the paper: 512)"""
     total_timesteps: int = 10_000_000
     """environment steps (of 4 frames) of the online phase"""
     learning_rate: float = 1e-4
@@ -824,6 +824,7 @@ def sample_and_update(
     return learner, key, results
 
 
+# For a replay buffer that lies in host memory while a GPU trains.
 update_alone = jax.jit(update, static_argnames="settings", donate_argnames="learner")
 sample_alone = jax.jit(sample_batch, static_argnames="batch_size")
 
@@ -857,6 +858,11 @@ def learn(
             state.learner, results = update_alone(state.learner, batch, schedule_of_step, settings)
             every_result.append(results)
         return {name: [results[name] for results in every_result] for name in every_result[0]}
+
+
+def updates_per_call(device: jax.Device) -> int:
+    """The most gradient steps in one call of `learn`. For a CPU, XLA compiles each of them by itself."""
+    return 2 if device.platform == "cpu" else 10
 
 
 def target_share(args: Args, step: int, interval: int) -> float:
@@ -957,12 +963,11 @@ def train_offline(
             writer.add_scalar("charts/offline/q_loss", values["td_loss"], step)
             writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], step)
 
-    updates_per_call = 2 if state.device.platform == "cpu" else 10  # compiled one by one for a CPU, see above
     before = None
     with tqdm(total=args.offline_steps, desc="offline", unit=" updates") as progress:
         while state.offline_step < args.offline_steps:
             ends = [n * (state.offline_step // n + 1) for n in (LOSS_INTERVAL, args.offline_eval_frequency)]
-            last_step = min(state.offline_step + updates_per_call, args.offline_steps, *ends)
+            last_step = min(state.offline_step + updates_per_call(state.device), args.offline_steps, *ends)
             shares = [target_share(args, step, 1) for step in range(state.offline_step + 1, last_step + 1)]
             results = learn(args, state, replay, [1.0] * len(shares), shares)
             state.offline_step = last_step
@@ -1058,15 +1063,17 @@ def learn_online(
     can_draw = state.online_step >= args.n_step * args.num_envs  # n rewards of every environment are known
     if not steps or not can_draw:
         return []
-    distill_coeffs = [coefficient(step, state.recent_returns) for step in steps]
-    shares = [target_share(args, step, args.train_frequency) for step in steps]
-    results = learn(args, state, replay, distill_coeffs, shares)
     due = []
-    for index, step in enumerate(steps):
-        state.online_gradient_steps += 1
-        is_last = step + args.train_frequency > args.total_timesteps
-        if state.online_gradient_steps % LOSS_INTERVAL == 0 or is_last:
-            due.append((step, results, index))
+    for first in range(0, len(steps), updates_per_call(state.device)):
+        steps_of_call = steps[first : first + updates_per_call(state.device)]
+        distill_coeffs = [coefficient(step, state.recent_returns) for step in steps_of_call]
+        shares = [target_share(args, step, args.train_frequency) for step in steps_of_call]
+        results = learn(args, state, replay, distill_coeffs, shares)
+        for index, step in enumerate(steps_of_call):
+            state.online_gradient_steps += 1
+            is_last = step + args.train_frequency > args.total_timesteps
+            if state.online_gradient_steps % LOSS_INTERVAL == 0 or is_last:
+                due.append((step, results, index))
     return due
 
 
