@@ -1,4 +1,5 @@
 import os
+import signal
 import tempfile
 
 # Before any test module imports PyTorch: see the training script.
@@ -10,3 +11,6 @@ compiled_programs = tempfile.TemporaryDirectory(prefix="jax_compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled_programs.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
