@@ -43,16 +43,12 @@ def test_the_learning_rate_follows_the_coefficient(script, scalar_student, disti
 
 
 def test_adams_epsilon(script, scalar_student):
-    args = tiny(script)
-    state = script.create_state(args)
     batch = some_batch(script, 8)
-    rewards, terminations = np.asarray(batch.rewards), np.asarray(batch.terminations)
-    targets = rewards + 0.99 * (1 - terminations)
+    targets = np.asarray(batch.rewards) + 0.99 * (1 - np.asarray(batch.terminations))
     gradient = np.mean(2 * (1 - targets))  # of the TD loss; the distillation has none: all actions are equal
     assert abs(gradient) > 0.01
     change = change_by_one_update(script, 0.0, adam_epsilon=0.5)
     assert change == pytest.approx(-RATE * gradient / (abs(gradient) + 0.5), rel=1e-3)
-    del state
 
 
 def test_the_huber_loss(script, scalar_student):
