@@ -7,6 +7,7 @@ offline, (3) the student plays and learns online while the teacher's influence f
     python cleanrl/qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
 
+import io
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -25,23 +26,25 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.arguments import check_arguments
+from cleanrl.utils.arguments import check_arguments, parse_arguments
 from cleanrl.utils.atari import count_actions, random_return
+from cleanrl.utils.checkpoint import Checkpoint, Run
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
+from cleanrl.utils.events import EventWriter
 from cleanrl.utils.hub import download, teacher_filename
-from cleanrl.utils.interrupts import uninterrupted
+from cleanrl.utils.interrupts import Stopped, exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
 from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
+from cleanrl.utils.replay_files import SavedReplay, open_replay
+from cleanrl.utils.storage import write_durably
 from cleanrl.utils.tracking import start_tracking
 from cleanrl.utils.weights import fit_weights, read_weights
 
@@ -49,7 +52,6 @@ RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
 EVALUATION_SEED, FILL_SEED, ONLINE_SEED = 0, 1, 2  # with --seed, what the games of each phase start from
-INTERRUPTED = 130  # exit status, as a shell reports SIGINT
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -74,7 +76,11 @@ class Args:
     capture_video: bool = False
     """record the first game of each evaluation as mp4 under the run's folder"""
     save_model: bool = True
-    """save the student after the offline phase, at the end, and when interrupted"""
+    """save the student in the offline phase, at the end, and when stopped"""
+    checkpoint_interval: float = 600.0
+    """seconds between two checkpoints of the run, all of it; 0: only when stopped"""
+    resume: str | None = None
+    """folder of a run to go on with, its options included; auto: the newest that is unfinished, if any"""
 
     env_id: str = "BreakoutNoFrameskip-v4"
     """the game, as {Game}NoFrameskip-v4"""
@@ -134,6 +140,8 @@ class Args:
     """games that measure the teacher's return"""
     teacher_steps: int = 500_000
     """environment steps that the teacher plays to fill its buffer, epsilon falling from start_e to end_e"""
+    teacher_replay_path: Path | None = None
+    """learn offline from this replay, a folder that dqn_atari's --save-replay wrote, instead of that play"""
     offline_steps: int = 500_000
     """gradient steps of the offline phase"""
     offline_eval_frequency: int = 100_000
@@ -294,13 +302,15 @@ def make_env(
     env = gym.make(
         env_id,
         obs_type="grayscale",  # converted by ALE: half the time of colour frames
-        repeat_action_probability=repeat_action_probability,
+        repeat_action_probability=0.0,  # ALE's own sticky actions are not in the state that it can save
         max_num_frames_per_episode=max_game_frames,
         render_mode="rgb_array" if video_folder else None,
         disable_env_checker=True,
     )
     if video_folder:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda game: game == 0)
+    if repeat_action_probability:
+        env = gym.wrappers.StickyAction(env, repeat_action_probability)
     env = EpisodeStatistics(env)
     env = NoopReset(env)
     env = MaxAndSkip(env)
@@ -419,6 +429,16 @@ class ReplayBuffer:
         device: where the tensors lie.
     """
 
+    TENSORS = (
+        "frames",
+        "stack_depths",
+        "actions",
+        "rewards",
+        "terminations",
+        "episode_ends",
+        "teacher_q_values",
+    )
+
     def __init__(
         self, capacity: int, num_envs: int, num_actions: int, n_step: int, gamma: float, device: torch.device
     ):
@@ -488,6 +508,19 @@ class ReplayBuffer:
         slots = torch.from_numpy(slots).to(self.device)
         self.frames[slots] = torch.from_numpy(observations[:, -1]).to(self.device)
         self.stack_depths[slots] = torch.from_numpy(self.depths[envs]).to(self.device)
+
+    def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """What the slots, integers (n,), hold: arrays (n, …) by name."""
+        on_device = torch.from_numpy(slots).to(self.device)
+        rows = {name: getattr(self, name)[on_device].cpu().numpy() for name in self.TENSORS}
+        return {**rows, "is_transition": self.is_transition[slots]}
+
+    def write(self, slots: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        """Puts back what `read` gave, all of it or some; the heads and their depths are set by themselves."""
+        on_device = torch.from_numpy(slots).to(self.device)
+        for name in rows.keys() & set(self.TENSORS):
+            getattr(self, name)[on_device] = torch.from_numpy(rows[name]).to(self.device)
+        self.is_transition[slots] = rows["is_transition"]
 
     def _drawable_per_env(self) -> np.ndarray:
         """The number of positions per environment, the newest at heads - n, that `draw` chooses from."""
@@ -643,21 +676,42 @@ def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
 
 @dataclass
 class TrainState:
-    """What training changes, beside the replay buffer and the environments."""
+    """All that a run is: what a checkpoint saves."""
 
     student: StudentNetwork
     target_network: StudentNetwork
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator  # of exploration and of drawing from the replay buffer
+    replay: ReplayBuffer | None = None  # what the teacher did; in the online phase what the student did
+    phase: Literal["teacher", "offline", "online"] = "teacher"
+    teacher_return: float | None = None
+    teacher_step: int = 0  # environment steps that the teacher has played
     offline_step: int = 0  # gradient steps done offline
+    evaluated_step: int = 0  # the one at which the student was evaluated last
     online_step: int = 0  # environment steps done online
     learned_step: int = 0  # of these, how many the learner has answered
     online_gradient_steps: int = 0
+    online_seconds: float = 0.0
     recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAMES))
+    env_states: list[dict] | None = None  # where the games stand, while no environments are open
 
     @property
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
+
+
+NETWORKS = ("student", "target_network", "optimizer")
+COUNTERS = (
+    "phase",
+    "teacher_return",
+    "teacher_step",
+    "offline_step",
+    "evaluated_step",
+    "online_step",
+    "learned_step",
+    "online_gradient_steps",
+    "online_seconds",
+)
 
 
 def create_train_state(args: Args, num_actions: int, device: torch.device) -> TrainState:
@@ -671,6 +725,43 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     target_network.requires_grad_(False).load_state_dict(student.state_dict())
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, eps=args.adam_epsilon)
     return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed))
+
+
+def capture(state: TrainState, envs: ParallelEnvs | None) -> dict[str, Any]:
+    """The state for a checkpoint, but for the rows of the replay buffer."""
+    return {
+        **{name: getattr(state, name).state_dict() for name in NETWORKS},
+        **{name: getattr(state, name) for name in COUNTERS},
+        "rng": state.rng.bit_generator.state,
+        "replay": (state.replay.heads, state.replay.depths) if state.replay else None,
+        "recent_returns": list(state.recent_returns),
+        "env_states": envs.get_states() if envs else state.env_states,
+    }
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, make_replay: Callable[[str], ReplayBuffer]) -> None:
+    """Brings a new state to where `capture` saw it; `make_replay` makes the buffer of a phase."""
+    saved = checkpoint.read_state()
+    for name in NETWORKS:
+        getattr(state, name).load_state_dict(to_tensors(saved[name]))
+    for name in (*COUNTERS, "env_states"):
+        setattr(state, name, saved[name])
+    state.rng.bit_generator.state = saved["rng"]
+    state.recent_returns.extend(saved["recent_returns"])
+    if saved["replay"]:
+        state.replay = make_replay(state.phase)
+        state.replay.heads, state.replay.depths = saved["replay"]
+        for slots, rows in checkpoint.rows(state.replay.num_slots):
+            state.replay.write(slots, rows)
+
+
+def to_tensors(tree: Any) -> Any:
+    """Nested dicts and lists with each array as a tensor."""
+    if isinstance(tree, dict):
+        return {key: to_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [to_tensors(value) for value in tree]
+    return torch.tensor(tree) if isinstance(tree, np.ndarray) else tree
 
 
 def update(args: Args, state: TrainState, batch: Batch, distill_coeff: float) -> dict[str, Tensor]:
@@ -697,9 +788,9 @@ def update_target_network(state: TrainState, tau: float) -> None:
         target.lerp_(parameter, tau)
 
 
-def sample_batch(args: Args, state: TrainState, replay: ReplayBuffer) -> Batch:
-    slots = torch.from_numpy(replay.draw(args.batch_size, state.rng)).to(replay.device)
-    return Batch(*(tensor.to(state.device) for tensor in replay.gather(slots)))
+def sample_batch(args: Args, state: TrainState) -> Batch:
+    slots = torch.from_numpy(state.replay.draw(args.batch_size, state.rng)).to(state.replay.device)
+    return Batch(*(tensor.to(state.device) for tensor in state.replay.gather(slots)))
 
 
 def read_losses(losses: dict[str, Tensor], where: str) -> dict[str, float]:
@@ -726,59 +817,99 @@ def compute_q_values(network: nn.Module, device: torch.device, observations: np.
     return network(torch.from_numpy(observations).to(device)).cpu().numpy()
 
 
+def start_games(state: TrainState, envs: ParallelEnvs, seed: Sequence[int]) -> np.ndarray:
+    """The first observations of new games; or, after a checkpoint, those at which it was made."""
+    if state.env_states:
+        observations, state.env_states = envs.set_states(state.env_states), None
+        return observations
+    observations = envs.reset(seed)
+    state.replay.start(observations)
+    return observations
+
+
 def fill_teacher_buffer(
-    args: Args, state: TrainState, teacher: TeacherNetwork, envs: ParallelEnvs, replay: ReplayBuffer
+    args: Args,
+    state: TrainState,
+    teacher: TeacherNetwork,
+    envs: ParallelEnvs,
+    checkpoint: Callable[[ParallelEnvs], None],
 ) -> None:
-    """Phase 1: the teacher plays, ε falling all the while; the buffer keeps what it saw, did and thought."""
-    observations = envs.reset(seed=(args.seed, FILL_SEED))
-    replay.start(observations)
-    with tqdm(total=args.teacher_steps, desc="teacher", unit=" steps") as progress:
-        for first_step in range(0, args.teacher_steps, args.num_envs):
+    """Phase 1: the teacher plays, ε falling all the while; the buffer keeps what it saw, did and thought.
+
+    `checkpoint` is called where nothing is half-done, here and in the phases below.
+    """
+    observations = start_games(state, envs, seed=(args.seed, FILL_SEED))
+    with tqdm(
+        total=args.teacher_steps, initial=state.teacher_step, desc="teacher", unit=" steps"
+    ) as progress:
+        while state.teacher_step < args.teacher_steps:
+            checkpoint(envs)
             teacher_q_values = compute_q_values(teacher, state.device, observations)
-            steps = first_step + np.arange(args.num_envs)
+            steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
             actions = explore(state.rng, epsilon, teacher_q_values)
             envs.step_async(actions)
             step = envs.step_wait()
-            replay.add(actions, step, teacher_q_values)
+            state.replay.add(actions, step, teacher_q_values)
             observations = step.observations
+            state.teacher_step += args.num_envs
             progress.update(args.num_envs)
+
+
+@torch.no_grad()
+def load_teacher_buffer(state: TrainState, teacher: TeacherNetwork, saved: SavedReplay) -> None:
+    """Phase 1 without play: the buffer takes what the teacher saw and did when it was trained itself."""
+    replay = state.replay
+    with tqdm(total=saved.num_rows, desc="teacher's replay", unit=" frames") as progress:
+        for slots, rows in saved.rows(replay.num_slots):
+            replay.write(slots, rows)
+            # The frames of these stacks are there: a part comes after those before it in time.
+            for chunk in torch.from_numpy(slots).to(replay.device).split(1024):
+                observations = replay._stacks(chunk).to(state.device)
+                replay.teacher_q_values[chunk] = teacher(observations).to(replay.device)
+            progress.update(len(slots))
+    replay.heads = saved.heads
 
 
 def train_offline(
     args: Args,
     state: TrainState,
-    replay: ReplayBuffer,
-    writer: SummaryWriter,
+    writer: EventWriter,
     save_and_evaluate: Callable[[], float],
+    checkpoint: Callable[[], None],
 ) -> None:
     """Phase 2: the student learns from what the teacher did, with a distillation coefficient of 1.
 
     `save_and_evaluate` saves the student and returns its mean return.
     """
-    with tqdm(total=args.offline_steps, desc="offline", unit=" updates") as progress:
-        while state.offline_step < args.offline_steps:
-            batch = sample_batch(args, state, replay)
-            with uninterrupted():
-                losses = update(args, state, batch, 1.0)
-            state.offline_step += 1
-            progress.update()
-            if state.offline_step % args.target_network_frequency == 0:
-                update_target_network(state, args.tau)
-            is_last = state.offline_step == args.offline_steps
-            evaluates = state.offline_step % args.offline_eval_frequency == 0 or is_last
-            # Before an evaluation too: a student that is no longer finite must not be saved over a good one.
-            if state.offline_step % LOSS_INTERVAL == 0 or evaluates:
-                values = read_losses(losses, f"gradient step {state.offline_step} of the offline phase")
-                writer.add_scalar("charts/offline/loss", values["loss"], state.offline_step)
-                writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
-                writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], state.offline_step)
-            if evaluates:
+    with tqdm(
+        total=args.offline_steps, initial=state.offline_step, desc="offline", unit=" updates"
+    ) as progress:
+        while state.evaluated_step < args.offline_steps:
+            checkpoint()
+            if state.offline_step > state.evaluated_step and evaluates_at(args, state.offline_step):
                 progress.set_postfix_str("playing games")
                 mean_return = save_and_evaluate()
                 progress.set_postfix_str("")
                 writer.add_scalar("charts/offline/avg_episodic_return", mean_return, state.offline_step)
                 progress.write(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
+                state.evaluated_step = state.offline_step
+                continue
+            losses = update(args, state, sample_batch(args, state), 1.0)
+            state.offline_step += 1
+            progress.update()
+            if state.offline_step % args.target_network_frequency == 0:
+                update_target_network(state, args.tau)
+            # Before an evaluation too: a student that is no longer finite must not be saved over a good one.
+            if state.offline_step % LOSS_INTERVAL == 0 or evaluates_at(args, state.offline_step):
+                values = read_losses(losses, f"gradient step {state.offline_step} of the offline phase")
+                writer.add_scalar("charts/offline/loss", values["loss"], state.offline_step)
+                writer.add_scalar("charts/offline/q_loss", values["td_loss"], state.offline_step)
+                writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], state.offline_step)
+
+
+def evaluates_at(args: Args, offline_step: int) -> bool:
+    return offline_step % args.offline_eval_frequency == 0 or offline_step == args.offline_steps
 
 
 def train_online(
@@ -787,27 +918,30 @@ def train_online(
     teacher: TeacherNetwork,
     coefficient: Callable[[int, Sequence[float]], float],
     envs: ParallelEnvs,
-    replay: ReplayBuffer,
-    writer: SummaryWriter,
+    writer: EventWriter,
+    checkpoint: Callable[[ParallelEnvs], None],
 ) -> None:
     """Phase 3: the student plays and learns, the less from the teacher the better it plays.
 
     `coefficient` gives λ_t from the online environment step and the recent returns.
     """
-    update_target_network(state, tau=1.0)
-    observations = envs.reset(seed=(args.seed, ONLINE_SEED))
-    replay.start(observations)
-    start_time = time.monotonic()
-    with tqdm(total=args.total_timesteps, desc="online", unit=" steps") as progress:
+    if not state.env_states:
+        update_target_network(state, tau=1.0)
+    observations = start_games(state, envs, seed=(args.seed, ONLINE_SEED))
+    start_time = time.monotonic() - state.online_seconds
+    with tqdm(
+        total=args.total_timesteps, initial=state.online_step, desc="online", unit=" steps"
+    ) as progress:
         while state.online_step < args.total_timesteps:
+            checkpoint(envs)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             actions = explore(state.rng, epsilon, compute_q_values(state.student, state.device, observations))
             envs.step_async(actions)
             # The rest of the loop needs nothing from the environments until they are waited for.
             teacher_q_values = compute_q_values(teacher, state.device, observations)
-            learn_online(args, state, coefficient, replay, writer)
+            learn_online(args, state, coefficient, writer)
             step = envs.step_wait()
-            replay.add(actions, step, teacher_q_values)
+            state.replay.add(actions, step, teacher_q_values)
             observations = step.observations
             for game in step.finished_games:
                 plotted_step = args.offline_steps + state.online_step + game.env_index + 1
@@ -816,24 +950,24 @@ def train_online(
                 state.recent_returns.append(game.episodic_return)
                 progress.set_postfix({"mean return": f"{np.mean(state.recent_returns):.1f}"}, refresh=False)
             state.online_step += args.num_envs
+            state.online_seconds = time.monotonic() - start_time
             progress.update(args.num_envs)
             is_last = state.online_step >= args.total_timesteps
             if state.online_step % CHART_INTERVAL < args.num_envs or is_last:
                 plotted_step = args.offline_steps + state.online_step
                 distill_coeff = coefficient(state.online_step, state.recent_returns)
-                steps_per_second = state.online_step / (time.monotonic() - start_time)
+                steps_per_second = state.online_step / state.online_seconds
                 writer.add_scalar("charts/epsilon", epsilon[-1], plotted_step)
                 writer.add_scalar("charts/distill_coeff", distill_coeff, plotted_step)
                 writer.add_scalar("charts/SPS", steps_per_second, plotted_step)
-    learn_online(args, state, coefficient, replay, writer)
+    learn_online(args, state, coefficient, writer)
 
 
 def learn_online(
     args: Args,
     state: TrainState,
     coefficient: Callable[[int, Sequence[float]], float],
-    replay: ReplayBuffer,
-    writer: SummaryWriter,
+    writer: EventWriter,
 ) -> None:
     """Does the gradient steps and target updates that the environment steps so far call for, in order."""
     can_draw = state.online_step >= args.n_step * args.num_envs  # n rewards of every environment are known
@@ -843,9 +977,7 @@ def learn_online(
             continue
         if state.learned_step % args.train_frequency == 0 and can_draw:
             distill_coeff = coefficient(state.learned_step, state.recent_returns)
-            batch = sample_batch(args, state, replay)
-            with uninterrupted():
-                losses = update(args, state, batch, distill_coeff)
+            losses = update(args, state, sample_batch(args, state), distill_coeff)
             state.online_gradient_steps += 1
             is_last = state.learned_step + args.train_frequency > args.total_timesteps
             if state.online_gradient_steps % LOSS_INTERVAL == 0 or is_last:
@@ -877,8 +1009,9 @@ def check_teacher_return(teacher_return: float, baseline_return: float) -> None:
 def save_student(student: StudentNetwork, path: Path) -> None:
     """Writes the state dict, all of it or nothing."""
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in student.state_dict().items()}
-    torch.save(state_dict, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    content = io.BytesIO()
+    torch.save(state_dict, content)
+    write_durably(path, content.getvalue())
 
 
 def main(args: Args) -> None:
@@ -886,96 +1019,129 @@ def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     baseline_return = random_return(args.env_id, args.return_normalization)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    saved_replay = None
+    if args.teacher_replay_path:
+        saved_replay = open_replay(
+            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
+        )
 
     # A tenth more slots than steps, for the observations that end an episode.
-    teacher_capacity = min(args.buffer_size, math.ceil(1.1 * args.teacher_steps))
-    online_capacity = min(args.buffer_size, math.ceil(1.1 * args.total_timesteps))
-    capacity = max(teacher_capacity, online_capacity)
+    teacher_frames = saved_replay.capacity if saved_replay else math.ceil(1.1 * args.teacher_steps)
+    online_frames = math.ceil(1.1 * args.total_timesteps)
+    buffers = {  # of each phase: its capacity and how many environments fill it
+        "teacher": (min(args.buffer_size, teacher_frames), (saved_replay or args).num_envs),
+        "online": (min(args.buffer_size, online_frames), args.num_envs),
+    }
+    buffers["offline"] = buffers["teacher"]
+    largest_buffer = max(buffers.values())
     buffer_place = place_replay_buffer(
         args.buffer_device,
-        capacity,
-        num_bytes=ReplayBuffer.num_bytes(capacity, args.num_envs, num_actions, args.n_step),
+        largest_buffer[0],
+        num_bytes=ReplayBuffer.num_bytes(*largest_buffer, num_actions, args.n_step),
         num_workers=min(args.num_envs, available_cores()),
         free_gpu=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
+
+    def make_replay(phase: str) -> ReplayBuffer:
+        return ReplayBuffer(*buffers[phase], num_actions, args.n_step, args.gamma, torch.device(buffer_place))
+
     teacher = load_teacher(args, num_actions, device)
     state = create_train_state(args, num_actions, device)
-
-    run_folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    print(f"run: {run_folder}, on {device}")
-    if args.track:
-        start_tracking(run_folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
-    writer = SummaryWriter(str(run_folder))
-    options = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{options}")
     make_game = partial(make_env, args.env_id, args.repeat_action_probability)
 
     def make_envs() -> ParallelEnvs:
         return ParallelEnvs([make_game] * args.num_envs)
 
-    def make_replay(capacity: int) -> ReplayBuffer:
-        device = torch.device(buffer_place)
-        return ReplayBuffer(capacity, args.num_envs, num_actions, args.n_step, args.gamma, device)
+    with Run(args, script=Path(__file__).stem) as run:
+        print(f"run: {run.folder}, on {device}")
+        if run.resumed:
+            restore(state, run.resumed, make_replay)
+        mirror = None
+        if args.track:
+            mirror = start_tracking(run.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
+        writer = EventWriter(run.folder, mirror)
+        if not run.resumed:
+            writer.add_options(vars(args))
 
-    def play(network: nn.Module, games: int, name: str) -> list[float]:
-        """The returns of whole games, the same games each time."""
-        return evaluate(
-            make_game,
-            partial(compute_q_values, network, device),
-            games,
-            seed=(args.seed, EVALUATION_SEED),
-            epsilon=args.end_e,
-            video_folder=run_folder / "videos" / name if args.capture_video else None,
-        )
+        def checkpoint(envs: ParallelEnvs | None = None) -> None:
+            if run.is_due():
+                writer.flush()
+                player = "student" if state.phase == "online" else "teacher"
+                run.save(capture(state, envs), player, state.replay)
+            run.raise_if_stopped()
 
-    def save(name: str) -> None:
-        if args.save_model:
-            save_student(state.student, run_folder / f"{name}.cleanrl_model")
+        def play(network: nn.Module, games: int, name: str) -> list[float]:
+            """The returns of whole games, the same games each time."""
+            return evaluate(
+                make_game,
+                partial(compute_q_values, network, device),
+                games,
+                seed=(args.seed, EVALUATION_SEED),
+                epsilon=args.end_e,
+                video_folder=run.folder / "videos" / name if args.capture_video else None,
+                before_step=checkpoint,
+            )
 
-    def save_and_evaluate() -> float:
-        save(f"{args.exp_name}-offline")
-        return float(np.mean(play(state.student, args.eval_episodes, f"offline-{state.offline_step}")))
+        def save(name: str) -> None:
+            if args.save_model:
+                save_student(state.student, run.folder / f"{name}.cleanrl_model")
 
-    try:
-        print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills a buffer")
-        teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
-        print(f"teacher: mean return {teacher_return:.2f}")
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
-        check_teacher_return(teacher_return, baseline_return)
-        replay = make_replay(teacher_capacity)
-        with make_envs() as envs:
-            fill_teacher_buffer(args, state, teacher, envs, replay)
+        def save_and_evaluate() -> float:
+            save(f"{args.exp_name}-offline")
+            return float(np.mean(play(state.student, args.eval_episodes, f"offline-{state.offline_step}")))
 
-        print("(2) the student learns offline from that buffer")
-        train_offline(args, state, replay, writer, save_and_evaluate)
-        del replay  # before the online buffer needs the memory
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, args.offline_steps)
+        try:
+            if state.teacher_return is None:
+                print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then its buffer is filled")
+                state.teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
+                print(f"teacher: mean return {state.teacher_return:.2f}")
+                writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, 0)
+                check_teacher_return(state.teacher_return, baseline_return)
+            if state.phase == "teacher":
+                state.replay = state.replay or make_replay("teacher")
+                if saved_replay:
+                    load_teacher_buffer(state, teacher, saved_replay)
+                else:
+                    with make_envs() as envs:
+                        fill_teacher_buffer(args, state, teacher, envs, checkpoint)
+                state.phase = "offline"
 
-        print("(3) the student plays and learns online")
-        coefficient = partial(
-            distill_coefficient,
-            teacher_return=teacher_return,
-            baseline_return=baseline_return,
-            distill_steps=args.distill_steps,
-        )
-        with make_envs() as envs:
-            train_online(args, state, teacher, coefficient, envs, make_replay(online_capacity), writer)
-        last_step = args.offline_steps + state.online_step
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, last_step)
+            if state.phase == "offline":
+                print("(2) the student learns offline from that buffer")
+                train_offline(args, state, writer, save_and_evaluate, checkpoint)
+                writer.add_scalar(
+                    "charts/teacher/avg_episodic_return", state.teacher_return, args.offline_steps
+                )
+                state.replay = None  # before the online buffer needs the memory
+                state.replay = make_replay("online")
+                state.phase = "online"
 
-        save(args.exp_name)
-        final_returns = play(state.student, args.eval_episodes, "final")
-        for game, episodic_return in enumerate(final_returns):
-            writer.add_scalar("eval/episodic_return", episodic_return, game)
-        print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
-    except (KeyboardInterrupt, WorkerError) as stop:
-        if state.offline_step or state.online_step:
+            print("(3) the student plays and learns online")
+            coefficient = partial(
+                distill_coefficient,
+                teacher_return=state.teacher_return,
+                baseline_return=baseline_return,
+                distill_steps=args.distill_steps,
+            )
+            with make_envs() as envs:
+                train_online(args, state, teacher, coefficient, envs, writer, checkpoint)
+                state.env_states = envs.get_states()
             save(args.exp_name)
-        print("interrupted" if isinstance(stop, KeyboardInterrupt) else f"error: {stop}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 1) from None
-    finally:
-        writer.close()
+            final_returns = play(state.student, args.eval_episodes, "final")
+            last_step = args.offline_steps + state.online_step
+            writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, last_step)
+            for game, episodic_return in enumerate(final_returns):
+                writer.add_scalar("eval/episodic_return", episodic_return, game)
+            print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
+        except (Stopped, WorkerError):
+            if state.offline_step or state.online_step:
+                save(args.exp_name)
+            raise
+        finally:
+            writer.close()
+        run.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    exit_on_ctrl_c()
+    main(parse_arguments(Args))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import flax.linen as nn
@@ -25,23 +25,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import serialization, struct
 from jax import Array, lax
 from numpy.typing import ArrayLike
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.arguments import check_arguments
+from cleanrl.utils.arguments import check_arguments, parse_arguments
 from cleanrl.utils.atari import count_actions, random_return
+from cleanrl.utils.checkpoint import Checkpoint, Run
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
+from cleanrl.utils.events import EventWriter
 from cleanrl.utils.hub import download, teacher_filename
-from cleanrl.utils.interrupts import uninterrupted
+from cleanrl.utils.interrupts import Stopped, exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
 from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
+from cleanrl.utils.replay_files import SavedReplay, open_replay
+from cleanrl.utils.storage import write_durably
 from cleanrl.utils.tracking import start_tracking
 from cleanrl.utils.weights import fit_weights, flatten, read_weights, unflatten
 
@@ -49,7 +51,6 @@ RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
 EVALUATION_SEED, FILL_SEED, ONLINE_SEED = 0, 1, 2  # with --seed, what the games of each phase start from
-INTERRUPTED = 130  # exit status, as a shell reports SIGINT
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -74,7 +75,11 @@ class Args:
     capture_video: bool = False
     """record the first game of each evaluation as mp4 under the run's folder"""
     save_model: bool = True
-    """save the student after the offline phase, at the end, and when interrupted"""
+    """save the student in the offline phase, at the end, and when stopped"""
+    checkpoint_interval: float = 600.0
+    """seconds between two checkpoints of the run, all of it; 0: only when stopped"""
+    resume: str | None = None
+    """folder of a run to go on with, its options included; auto: the newest that is unfinished, if any"""
 
     env_id: str = "BreakoutNoFrameskip-v4"
     """the game, as {Game}NoFrameskip-v4"""
@@ -134,6 +139,8 @@ class Args:
     """games that measure the teacher's return"""
     teacher_steps: int = 500_000
     """environment steps that the teacher plays to fill its buffer, epsilon falling from start_e to end_e"""
+    teacher_replay_path: Path | None = None
+    """learn offline from this replay, a folder that dqn_atari's --save-replay wrote, instead of that play"""
     offline_steps: int = 500_000
     """gradient steps of the offline phase"""
     offline_eval_frequency: int = 100_000
@@ -294,13 +301,15 @@ def make_env(
     env = gym.make(
         env_id,
         obs_type="grayscale",  # converted by ALE: half the time of colour frames
-        repeat_action_probability=repeat_action_probability,
+        repeat_action_probability=0.0,  # ALE's own sticky actions are not in the state that it can save
         max_num_frames_per_episode=max_game_frames,
         render_mode="rgb_array" if video_folder else None,
         disable_env_checker=True,
     )
     if video_folder:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda game: game == 0)
+    if repeat_action_probability:
+        env = gym.wrappers.StickyAction(env, repeat_action_probability)
     env = EpisodeStatistics(env)
     env = NoopReset(env)
     env = MaxAndSkip(env)
@@ -412,6 +421,18 @@ class Batch(NamedTuple):
     terminations: Array
     discounts: Array
     teacher_q_values: Array
+
+
+SLOT_ARRAYS = (  # of a replay buffer: an entry per slot
+    "frames",
+    "stack_depths",
+    "actions",
+    "rewards",
+    "terminations",
+    "episode_ends",
+    "teacher_q_values",
+    "is_transition",
+)
 
 
 @struct.dataclass
@@ -558,6 +579,15 @@ class ReplayBuffer:
             stack_depths=self.stack_depths.at[slots].set(self.depths, mode="drop"),
             is_transition=self.is_transition.at[slots].set(False, mode="drop"),
         )
+
+    def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """What the slots, integers (n,), hold: arrays (n, …) by name."""
+        return {name: np.asarray(getattr(self, name)[slots]) for name in SLOT_ARRAYS}
+
+    @partial(jax.jit, donate_argnums=0)
+    def write(self, slots: Array, rows: dict[str, Array]) -> "ReplayBuffer":
+        """Puts back what `read` gave, all of it or some; the heads and their depths are set by themselves."""
+        return self.replace(**{name: getattr(self, name).at[slots].set(rows[name]) for name in rows})
 
     def _drawable_per_env(self) -> Array:
         """The number of positions per environment, the newest at heads - n, that `draw` chooses from."""
@@ -728,20 +758,42 @@ class Learner:
 
 @dataclass
 class TrainState:
-    """What training changes, beside the replay buffer and the environments."""
+    """All that a run is: what a checkpoint saves."""
 
     learner: Learner
     sampling_key: Array  # of drawing from the replay buffer
     exploration_key: Array
+    replay: ReplayBuffer | None = None  # what the teacher did; in the online phase what the student did
+    phase: Literal["teacher", "offline", "online"] = "teacher"
+    teacher_return: float | None = None
+    teacher_step: int = 0  # environment steps that the teacher has played
     offline_step: int = 0  # gradient steps done offline
+    evaluated_step: int = 0  # the one at which the student was evaluated last
     online_step: int = 0  # environment steps done online
     learned_step: int = 0  # of these, how many the learner has answered
     online_gradient_steps: int = 0
+    online_seconds: float = 0.0
     recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAMES))
+    unread: list[tuple] = field(default_factory=list)  # arguments of `write_losses`, still on the device
+    env_states: list[dict] | None = None  # where the games stand, while no environments are open
 
     @property
     def device(self) -> jax.Device:
         return jax.tree.leaves(self.learner)[0].device
+
+
+KEYS = ("sampling_key", "exploration_key")
+COUNTERS = (
+    "phase",
+    "teacher_return",
+    "teacher_step",
+    "offline_step",
+    "evaluated_step",
+    "online_step",
+    "learned_step",
+    "online_gradient_steps",
+    "online_seconds",
+)
 
 
 def create_train_state(args: Args, num_actions: int, device: jax.Device) -> TrainState:
@@ -752,6 +804,36 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
     target_network = jax.tree.map(jnp.copy, student)
     learner = Learner(student, target_network, optax.adam(args.learning_rate).init(student))
     return TrainState(*jax.device_put((learner, sampling_key, exploration_key), device))
+
+
+def capture(state: TrainState, envs: ParallelEnvs | None) -> dict[str, Any]:
+    """The state for a checkpoint, but for the rows of the replay buffer."""
+    return {
+        "learner": serialization.to_state_dict(state.learner),
+        **{name: jax.random.key_data(getattr(state, name)) for name in KEYS},
+        **{name: getattr(state, name) for name in COUNTERS},
+        "replay": (state.replay.heads, state.replay.depths) if state.replay else None,
+        "recent_returns": list(state.recent_returns),
+        "unread": state.unread,
+        "env_states": envs.get_states() if envs else state.env_states,
+    }
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, make_replay: Callable[[str], ReplayBuffer]) -> None:
+    """Brings a new state to where `capture` saw it; `make_replay` makes the buffer of a phase."""
+    saved = checkpoint.read_state()
+    learner = serialization.from_state_dict(state.learner, saved["learner"])
+    keys = [jax.random.wrap_key_data(jnp.asarray(saved[name])) for name in KEYS]
+    state.learner, state.sampling_key, state.exploration_key = jax.device_put((learner, *keys), state.device)
+    for name in (*COUNTERS, "unread", "env_states"):
+        setattr(state, name, saved[name])
+    state.recent_returns.extend(saved["recent_returns"])
+    if saved["replay"]:
+        replay = make_replay(state.phase)
+        heads, depths = jax.device_put(saved["replay"], replay.device)
+        for slots, rows in checkpoint.rows(replay.num_slots):
+            replay = replay.write(slots, {name: rows[name] for name in SLOT_ARRAYS})
+        state.replay = replay.replace(heads=heads, depths=depths)
 
 
 class Settings(NamedTuple):
@@ -818,9 +900,10 @@ def sample_and_update(
         learner, results = update(learner, batch, schedule, settings)
         return (learner, key), results
 
-    # For the CPU, XLA compiles a convolution inside a loop into code that takes ten times as long.
-    on_cpu = jax.default_backend() == "cpu"
-    (learner, key), results = lax.scan(gradient_step, (learner, key), schedule, unroll=on_cpu)
+    # For the CPU, XLA compiles a convolution inside a loop into code that takes ten times as long; and a scan
+    # of a single step is such a loop, if it is not unrolled further than it is long.
+    unroll = len(schedule.target_share) + 1 if jax.default_backend() == "cpu" else 1
+    (learner, key), results = lax.scan(gradient_step, (learner, key), schedule, unroll=unroll)
     return learner, key, results
 
 
@@ -830,11 +913,7 @@ sample_alone = jax.jit(sample_batch, static_argnames="batch_size")
 
 
 def learn(
-    args: Args,
-    state: TrainState,
-    replay: ReplayBuffer,
-    distill_coeffs: Sequence[float],
-    target_shares: Sequence[float],
+    args: Args, state: TrainState, distill_coeffs: Sequence[float], target_shares: Sequence[float]
 ) -> dict[str, Array]:
     """Starts as many gradient steps as there are coefficients (k); their results (k,) are on the device.
 
@@ -843,21 +922,20 @@ def learn(
     settings = Settings.of(args)
     learning_rates = [learning_rate(args, distill_coeff) for distill_coeff in distill_coeffs]
     schedule = Schedule(np.float32(distill_coeffs), np.float32(learning_rates), np.float32(target_shares))
-    state.sampling_key = jax.device_put(state.sampling_key, replay.device)
-    with uninterrupted():  # between the learner that is used up and the one that takes its place
-        if replay.device == state.device:
-            state.learner, state.sampling_key, results = sample_and_update(
-                state.learner, state.sampling_key, replay, schedule, settings
-            )
-            return results
-        every_result = []
-        for step in range(len(distill_coeffs)):
-            batch, state.sampling_key = sample_alone(replay, state.sampling_key, args.batch_size)
-            batch = jax.device_put(batch, state.device)
-            schedule_of_step = Schedule(*(values[step] for values in schedule))
-            state.learner, results = update_alone(state.learner, batch, schedule_of_step, settings)
-            every_result.append(results)
-        return {name: [results[name] for results in every_result] for name in every_result[0]}
+    state.sampling_key = jax.device_put(state.sampling_key, state.replay.device)
+    if state.replay.device == state.device:
+        state.learner, state.sampling_key, results = sample_and_update(
+            state.learner, state.sampling_key, state.replay, schedule, settings
+        )
+        return results
+    every_result = []
+    for step in range(len(distill_coeffs)):
+        batch, state.sampling_key = sample_alone(state.replay, state.sampling_key, args.batch_size)
+        batch = jax.device_put(batch, state.device)
+        schedule_of_step = Schedule(*(values[step] for values in schedule))
+        state.learner, results = update_alone(state.learner, batch, schedule_of_step, settings)
+        every_result.append(results)
+    return {name: [results[name] for results in every_result] for name in every_result[0]}
 
 
 def updates_per_call(device: jax.Device) -> int:
@@ -919,15 +997,34 @@ def compute_q_values(q_function: QFunction, observations: np.ndarray) -> np.ndar
     return np.asarray(forward(q_function, padded))[: len(observations)]
 
 
+def start_games(state: TrainState, envs: ParallelEnvs, seed: Sequence[int]) -> np.ndarray:
+    """The first observations of new games; or, after a checkpoint, those at which it was made."""
+    if state.env_states:
+        observations, state.env_states = envs.set_states(state.env_states), None
+        return observations
+    observations = envs.reset(seed)
+    state.replay = state.replay.start(observations)
+    return observations
+
+
 def fill_teacher_buffer(
-    args: Args, state: TrainState, teacher: QFunction, envs: ParallelEnvs, replay: ReplayBuffer
-) -> ReplayBuffer:
-    """Phase 1: the teacher plays, ε falling all the while; the buffer keeps what it saw, did and thought."""
-    observations = envs.reset(seed=(args.seed, FILL_SEED))
-    replay = replay.start(observations)
-    with tqdm(total=args.teacher_steps, desc="teacher", unit=" steps") as progress:
-        for first_step in range(0, args.teacher_steps, args.num_envs):
-            steps = first_step + np.arange(args.num_envs)
+    args: Args,
+    state: TrainState,
+    teacher: QFunction,
+    envs: ParallelEnvs,
+    checkpoint: Callable[[ParallelEnvs], None],
+) -> None:
+    """Phase 1: the teacher plays, ε falling all the while; the buffer keeps what it saw, did and thought.
+
+    `checkpoint` is called where nothing is half-done, here and in the phases below.
+    """
+    observations = start_games(state, envs, seed=(args.seed, FILL_SEED))
+    with tqdm(
+        total=args.teacher_steps, initial=state.teacher_step, desc="teacher", unit=" steps"
+    ) as progress:
+        while state.teacher_step < args.teacher_steps:
+            checkpoint(envs)
+            steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
             actions, teacher_q_values, state.exploration_key = act(
                 teacher, observations, epsilon, state.exploration_key
@@ -935,55 +1032,84 @@ def fill_teacher_buffer(
             actions = np.asarray(actions)
             envs.step_async(actions)
             step = envs.step_wait()
-            replay = replay.add(actions, step, teacher_q_values)
+            state.replay = state.replay.add(actions, step, teacher_q_values)
             observations = step.observations
+            state.teacher_step += args.num_envs
             progress.update(args.num_envs)
-    return replay
+
+
+def load_teacher_buffer(state: TrainState, teacher: QFunction, saved: SavedReplay) -> None:
+    """Phase 1 without play: the buffer takes what the teacher saw and did when it was trained itself."""
+
+    @jax.jit
+    def teacher_q_values(replay: ReplayBuffer, slots: Array) -> Array:
+        return teacher(jax.device_put(replay._stacks(slots), state.device))
+
+    replay = state.replay
+    with tqdm(total=saved.num_rows, desc="teacher's replay", unit=" frames") as progress:
+        for slots, rows in saved.rows(replay.num_slots):
+            replay = replay.write(slots, {name: rows[name] for name in rows.keys() & set(SLOT_ARRAYS)})
+            # The frames of these stacks are there: a part comes after those before it in time.
+            for first in range(0, len(slots), 1024):
+                chunk = np.resize(slots[first : first + 1024], 1024)  # compiled once
+                q_values = jax.device_put(teacher_q_values(replay, chunk), replay.device)
+                replay = replay.write(chunk, {"teacher_q_values": q_values})
+            progress.update(len(slots))
+    state.replay = replay.replace(heads=jax.device_put(saved.heads.astype(np.int32), replay.device))
 
 
 def train_offline(
     args: Args,
     state: TrainState,
-    replay: ReplayBuffer,
-    writer: SummaryWriter,
+    writer: EventWriter,
     save_and_evaluate: Callable[[], float],
+    checkpoint: Callable[[], None],
 ) -> None:
     """Phase 2: the student learns from what the teacher did, with a distillation coefficient of 1.
 
     `save_and_evaluate` saves the student and returns its mean return.
     """
 
-    def evaluates_at(step: int) -> bool:
-        return step % args.offline_eval_frequency == 0 or step == args.offline_steps
-
     def write_losses(step: int, results: dict[str, Array]) -> None:
         values = read_losses(results, -1, f"gradient step {step} of the offline phase")
-        if step % LOSS_INTERVAL == 0 or evaluates_at(step):
+        if step % LOSS_INTERVAL == 0 or evaluates_at(args, step):
             writer.add_scalar("charts/offline/loss", values["loss"], step)
             writer.add_scalar("charts/offline/q_loss", values["td_loss"], step)
             writer.add_scalar("charts/offline/distill_loss", values["distill_loss"], step)
 
-    before = None
-    with tqdm(total=args.offline_steps, desc="offline", unit=" updates") as progress:
-        while state.offline_step < args.offline_steps:
-            ends = [n * (state.offline_step // n + 1) for n in (LOSS_INTERVAL, args.offline_eval_frequency)]
-            last_step = min(state.offline_step + updates_per_call(state.device), args.offline_steps, *ends)
-            shares = [target_share(args, step, 1) for step in range(state.offline_step + 1, last_step + 1)]
-            results = learn(args, state, replay, [1.0] * len(shares), shares)
-            state.offline_step = last_step
-            progress.update(len(shares))
-            if before:  # the device is at work while these are read
-                write_losses(*before)
-            before = (state.offline_step, results)
-            if evaluates_at(state.offline_step):
+    with tqdm(
+        total=args.offline_steps, initial=state.offline_step, desc="offline", unit=" updates"
+    ) as progress:
+        while state.evaluated_step < args.offline_steps:
+            checkpoint()
+            if state.offline_step > state.evaluated_step and evaluates_at(args, state.offline_step):
                 # A student that is no longer finite must not be saved over a good one.
-                write_losses(*before)
-                before = None
+                write_all(state.unread, write_losses)
                 progress.set_postfix_str("playing games")
                 mean_return = save_and_evaluate()
                 progress.set_postfix_str("")
                 writer.add_scalar("charts/offline/avg_episodic_return", mean_return, state.offline_step)
                 progress.write(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
+                state.evaluated_step = state.offline_step
+                continue
+            ends = [n * (state.offline_step // n + 1) for n in (LOSS_INTERVAL, args.offline_eval_frequency)]
+            last_step = min(state.offline_step + updates_per_call(state.device), args.offline_steps, *ends)
+            shares = [target_share(args, step, 1) for step in range(state.offline_step + 1, last_step + 1)]
+            results = learn(args, state, [1.0] * len(shares), shares)
+            state.offline_step = last_step
+            progress.update(len(shares))
+            write_all(state.unread, write_losses)  # of the call before, while the device is at work
+            state.unread.append((last_step, results))
+
+
+def evaluates_at(args: Args, offline_step: int) -> bool:
+    return offline_step % args.offline_eval_frequency == 0 or offline_step == args.offline_steps
+
+
+def write_all(unread: list[tuple], write_losses: Callable[..., None]) -> None:
+    """Writes the losses that were not read yet; waits for the device."""
+    while unread:
+        write_losses(*unread.pop(0))
 
 
 def train_online(
@@ -992,8 +1118,8 @@ def train_online(
     teacher: QFunction,
     coefficient: Callable[[int, Sequence[float]], float],
     envs: ParallelEnvs,
-    replay: ReplayBuffer,
-    writer: SummaryWriter,
+    writer: EventWriter,
+    checkpoint: Callable[[ParallelEnvs], None],
 ) -> None:
     """Phase 3: the student plays and learns, the less from the teacher the better it plays.
 
@@ -1004,14 +1130,16 @@ def train_online(
         for name, value in read_losses(results, index, f"online environment step {step}").items():
             writer.add_scalar(f"losses/{name}", value, args.offline_steps + step)
 
-    student = jax.tree.map(jnp.copy, state.learner.student)
-    state.learner = state.learner.replace(target_network=student)
-    observations = envs.reset(seed=(args.seed, ONLINE_SEED))
-    replay = replay.start(observations)
-    start_time = time.monotonic()
-    unread = []
-    with tqdm(total=args.total_timesteps, desc="online", unit=" steps") as progress:
+    if not state.env_states:
+        student = jax.tree.map(jnp.copy, state.learner.student)
+        state.learner = state.learner.replace(target_network=student)
+    observations = start_games(state, envs, seed=(args.seed, ONLINE_SEED))
+    start_time = time.monotonic() - state.online_seconds
+    with tqdm(
+        total=args.total_timesteps, initial=state.online_step, desc="online", unit=" steps"
+    ) as progress:
         while state.online_step < args.total_timesteps:
+            checkpoint(envs)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             observations = jax.device_put(observations, state.device)
             actions, _, state.exploration_key = act(
@@ -1020,12 +1148,11 @@ def train_online(
             actions = np.asarray(actions)  # nothing else in this loop waits for the device
             envs.step_async(actions)
             # The rest of the loop needs nothing from the environments until they are waited for.
-            for due in unread:  # computed before the actions were
-                write_losses(*due)
+            write_all(state.unread, write_losses)  # computed before the actions were
             teacher_q_values = forward(teacher, observations)
-            unread = learn_online(args, state, coefficient, replay)
+            learn_online(args, state, coefficient)
             step = envs.step_wait()
-            replay = replay.add(actions, step, teacher_q_values)
+            state.replay = state.replay.add(actions, step, teacher_q_values)
             observations = step.observations
             for game in step.finished_games:
                 plotted_step = args.offline_steps + state.online_step + game.env_index + 1
@@ -1034,25 +1161,24 @@ def train_online(
                 state.recent_returns.append(game.episodic_return)
                 progress.set_postfix({"mean return": f"{np.mean(state.recent_returns):.1f}"}, refresh=False)
             state.online_step += args.num_envs
+            state.online_seconds = time.monotonic() - start_time
             progress.update(args.num_envs)
             is_last = state.online_step >= args.total_timesteps
             if state.online_step % CHART_INTERVAL < args.num_envs or is_last:
                 plotted_step = args.offline_steps + state.online_step
                 distill_coeff = coefficient(state.online_step, state.recent_returns)
-                steps_per_second = state.online_step / (time.monotonic() - start_time)
+                steps_per_second = state.online_step / state.online_seconds
                 writer.add_scalar("charts/epsilon", epsilon[-1], plotted_step)
                 writer.add_scalar("charts/distill_coeff", distill_coeff, plotted_step)
                 writer.add_scalar("charts/SPS", steps_per_second, plotted_step)
-    for due in [*unread, *learn_online(args, state, coefficient, replay)]:
-        write_losses(*due)
+    learn_online(args, state, coefficient)
+    write_all(state.unread, write_losses)
 
 
-def learn_online(
-    args: Args, state: TrainState, coefficient: Callable[[int, Sequence[float]], float], replay: ReplayBuffer
-) -> list[tuple[int, dict[str, Array], int]]:
+def learn_online(args: Args, state: TrainState, coefficient: Callable[[int, Sequence[float]], float]) -> None:
     """Starts the gradient steps and target updates that the environment steps so far call for, in order.
 
-    Returns, of those whose losses are to be written, the step, all results, and their index there.
+    Those whose losses are to be written go to `state.unread`: the step, all results, and their index there.
     """
     steps = [
         step
@@ -1061,20 +1187,18 @@ def learn_online(
     ]
     state.learned_step = min(state.online_step, args.total_timesteps)
     can_draw = state.online_step >= args.n_step * args.num_envs  # n rewards of every environment are known
-    if not steps or not can_draw:
-        return []
-    due = []
+    if not can_draw:
+        return
     for first in range(0, len(steps), updates_per_call(state.device)):
         steps_of_call = steps[first : first + updates_per_call(state.device)]
         distill_coeffs = [coefficient(step, state.recent_returns) for step in steps_of_call]
         shares = [target_share(args, step, args.train_frequency) for step in steps_of_call]
-        results = learn(args, state, replay, distill_coeffs, shares)
+        results = learn(args, state, distill_coeffs, shares)
         for index, step in enumerate(steps_of_call):
             state.online_gradient_steps += 1
             is_last = step + args.train_frequency > args.total_timesteps
             if state.online_gradient_steps % LOSS_INTERVAL == 0 or is_last:
-                due.append((step, results, index))
-    return due
+                state.unread.append((step, results, index))
 
 
 # -------------------------------------------------------------------------------------------------- main
@@ -1097,8 +1221,7 @@ def check_teacher_return(teacher_return: float, baseline_return: float) -> None:
 
 def save_student(student: QFunction, path: Path) -> None:
     """Writes the parameters, all of them or nothing."""
-    path.with_suffix(".partial").write_bytes(serialization.to_bytes(student.params))
-    os.replace(path.with_suffix(".partial"), path)
+    write_durably(path, serialization.to_bytes(student.params))
 
 
 def choose_device(args: Args) -> jax.Device:
@@ -1123,100 +1246,132 @@ def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     baseline_return = random_return(args.env_id, args.return_normalization)
     device = choose_device(args)
+    saved_replay = None
+    if args.teacher_replay_path:
+        saved_replay = open_replay(
+            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
+        )
 
     # A tenth more slots than steps, for the observations that end an episode.
-    teacher_capacity = min(args.buffer_size, math.ceil(1.1 * args.teacher_steps))
-    online_capacity = min(args.buffer_size, math.ceil(1.1 * args.total_timesteps))
-    capacity = max(teacher_capacity, online_capacity)
+    teacher_frames = saved_replay.capacity if saved_replay else math.ceil(1.1 * args.teacher_steps)
+    online_frames = math.ceil(1.1 * args.total_timesteps)
+    buffers = {  # of each phase: its capacity and how many environments fill it
+        "teacher": (min(args.buffer_size, teacher_frames), (saved_replay or args).num_envs),
+        "online": (min(args.buffer_size, online_frames), args.num_envs),
+    }
+    buffers["offline"] = buffers["teacher"]
+    largest_buffer = max(buffers.values())
     buffer_place = place_replay_buffer(
         args.buffer_device,
-        capacity,
-        num_bytes=ReplayBuffer.num_bytes(capacity, args.num_envs, num_actions, args.n_step),
+        largest_buffer[0],
+        num_bytes=ReplayBuffer.num_bytes(*largest_buffer, num_actions, args.n_step),
         num_workers=min(args.num_envs, available_cores()),
         free_gpu=free_memory(device) if device.platform != "cpu" else None,
     )
+
+    def make_replay(phase: str) -> ReplayBuffer:
+        buffer_device = device if buffer_place == "cuda" else jax.devices("cpu")[0]
+        return ReplayBuffer.create(*buffers[phase], num_actions, args.n_step, args.gamma, buffer_device)
+
     teacher = load_teacher(args, num_actions, device)
     state = create_train_state(args, num_actions, device)
-
-    run_folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    print(f"run: {run_folder}, on {device.platform}")
-    if args.track:
-        start_tracking(run_folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
-    writer = SummaryWriter(str(run_folder))
-    options = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{options}")
     make_game = partial(make_env, args.env_id, args.repeat_action_probability)
 
     def make_envs() -> ParallelEnvs:
         return ParallelEnvs([make_game] * args.num_envs)
 
-    def make_replay(capacity: int) -> ReplayBuffer:
-        buffer_device = device if buffer_place == "cuda" else jax.devices("cpu")[0]
-        return ReplayBuffer.create(
-            capacity, args.num_envs, num_actions, args.n_step, args.gamma, buffer_device
-        )
+    with Run(args, script=Path(__file__).stem) as run:
+        print(f"run: {run.folder}, on {device.platform}")
+        if run.resumed:
+            restore(state, run.resumed, make_replay)
+        mirror = None
+        if args.track:
+            mirror = start_tracking(run.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
+        writer = EventWriter(run.folder, mirror)
+        if not run.resumed:
+            writer.add_options(vars(args))
 
-    def play(q_function: QFunction, games: int, name: str) -> list[float]:
-        """The returns of whole games, the same games each time."""
-        return evaluate(
-            make_game,
-            partial(compute_q_values, q_function),
-            games,
-            seed=(args.seed, EVALUATION_SEED),
-            epsilon=args.end_e,
-            video_folder=run_folder / "videos" / name if args.capture_video else None,
-        )
+        def checkpoint(envs: ParallelEnvs | None = None) -> None:
+            if run.is_due():
+                writer.flush()
+                player = "student" if state.phase == "online" else "teacher"
+                run.save(capture(state, envs), player, state.replay)
+            run.raise_if_stopped()
 
-    def save(name: str) -> None:
-        if args.save_model:
-            save_student(state.learner.student, run_folder / f"{name}.cleanrl_model")
+        def play(q_function: QFunction, games: int, name: str) -> list[float]:
+            """The returns of whole games, the same games each time."""
+            return evaluate(
+                make_game,
+                partial(compute_q_values, q_function),
+                games,
+                seed=(args.seed, EVALUATION_SEED),
+                epsilon=args.end_e,
+                video_folder=run.folder / "videos" / name if args.capture_video else None,
+                before_step=checkpoint,
+            )
 
-    def save_and_evaluate() -> float:
-        save(f"{args.exp_name}-offline")
-        return float(
-            np.mean(play(state.learner.student, args.eval_episodes, f"offline-{state.offline_step}"))
-        )
+        def save(name: str) -> None:
+            if args.save_model:
+                save_student(state.learner.student, run.folder / f"{name}.cleanrl_model")
 
-    try:
-        print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills a buffer")
-        teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
-        print(f"teacher: mean return {teacher_return:.2f}")
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
-        check_teacher_return(teacher_return, baseline_return)
-        replay = make_replay(teacher_capacity)
-        with make_envs() as envs:
-            replay = fill_teacher_buffer(args, state, teacher, envs, replay)
+        def save_and_evaluate() -> float:
+            save(f"{args.exp_name}-offline")
+            return float(
+                np.mean(play(state.learner.student, args.eval_episodes, f"offline-{state.offline_step}"))
+            )
 
-        print("(2) the student learns offline from that buffer")
-        train_offline(args, state, replay, writer, save_and_evaluate)
-        del replay  # before the online buffer needs the memory
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, args.offline_steps)
+        try:
+            if state.teacher_return is None:
+                print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then its buffer is filled")
+                state.teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
+                print(f"teacher: mean return {state.teacher_return:.2f}")
+                writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, 0)
+                check_teacher_return(state.teacher_return, baseline_return)
+            if state.phase == "teacher":
+                state.replay = state.replay or make_replay("teacher")
+                if saved_replay:
+                    load_teacher_buffer(state, teacher, saved_replay)
+                else:
+                    with make_envs() as envs:
+                        fill_teacher_buffer(args, state, teacher, envs, checkpoint)
+                state.phase = "offline"
 
-        print("(3) the student plays and learns online")
-        coefficient = partial(
-            distill_coefficient,
-            teacher_return=teacher_return,
-            baseline_return=baseline_return,
-            distill_steps=args.distill_steps,
-        )
-        with make_envs() as envs:
-            train_online(args, state, teacher, coefficient, envs, make_replay(online_capacity), writer)
-        last_step = args.offline_steps + state.online_step
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, last_step)
+            if state.phase == "offline":
+                print("(2) the student learns offline from that buffer")
+                train_offline(args, state, writer, save_and_evaluate, checkpoint)
+                writer.add_scalar(
+                    "charts/teacher/avg_episodic_return", state.teacher_return, args.offline_steps
+                )
+                state.replay = None  # before the online buffer needs the memory
+                state.replay = make_replay("online")
+                state.phase = "online"
 
-        save(args.exp_name)
-        final_returns = play(state.learner.student, args.eval_episodes, "final")
-        for game, episodic_return in enumerate(final_returns):
-            writer.add_scalar("eval/episodic_return", episodic_return, game)
-        print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
-    except (KeyboardInterrupt, WorkerError) as stop:
-        if state.offline_step or state.online_step:
+            print("(3) the student plays and learns online")
+            coefficient = partial(
+                distill_coefficient,
+                teacher_return=state.teacher_return,
+                baseline_return=baseline_return,
+                distill_steps=args.distill_steps,
+            )
+            with make_envs() as envs:
+                train_online(args, state, teacher, coefficient, envs, writer, checkpoint)
+                state.env_states = envs.get_states()
             save(args.exp_name)
-        print("interrupted" if isinstance(stop, KeyboardInterrupt) else f"error: {stop}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 1) from None
-    finally:
-        writer.close()
+            final_returns = play(state.learner.student, args.eval_episodes, "final")
+            last_step = args.offline_steps + state.online_step
+            writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, last_step)
+            for game, episodic_return in enumerate(final_returns):
+                writer.add_scalar("eval/episodic_return", episodic_return, game)
+            print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
+        except (Stopped, WorkerError):
+            if state.offline_step or state.online_step:
+                save(args.exp_name)
+            raise
+        finally:
+            writer.close()
+        run.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    exit_on_ctrl_c()
+    main(parse_arguments(Args))

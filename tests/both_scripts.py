@@ -19,6 +19,12 @@ from cleanrl.utils.parallel_envs import StepResult
 from cleanrl.utils.weights import flatten, to_torch, unflatten
 
 LOSSES = ("loss", "td_loss", "distill_loss", "q_values")
+
+
+def no_checkpoint(envs: Any = None) -> None:
+    pass
+
+
 Weights = dict[str, np.ndarray]
 
 
@@ -64,7 +70,7 @@ class TorchScript:
     module: ModuleType = torch_module
     path = Path(torch_module.__file__)
     Scalar = TorchScalar
-    other_frameworks = ("jax", "jaxlib", "flax", "optax", "tensorboardX")
+    other_frameworks = ("jax", "jaxlib", "flax", "optax")
     gradient_step = "update"  # the name of the function that Ctrl-C must not leave half-done
 
     def read_student(self, path: Path) -> Weights:
@@ -137,10 +143,6 @@ class TorchScript:
             return dict.fromkeys(LOSSES, torch.tensor(loss(state.offline_step + 1)))
 
         monkeypatch.setattr(self.module, "update", update)
-
-    def fill(self, args: Any, state: Any, teacher: Any, envs: Any, replay: Any) -> Any:
-        self.module.fill_teacher_buffer(args, state, teacher, envs, replay)
-        return replay
 
 
 class JaxScript:
@@ -224,14 +226,11 @@ class JaxScript:
         return recorded
 
     def stub_losses(self, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
-        def learn(args, state, replay, distill_coeffs, target_shares):
+        def learn(args, state, distill_coeffs, target_shares):
             steps = state.offline_step + 1 + np.arange(len(distill_coeffs))
             return dict.fromkeys(LOSSES, np.array([loss(step) for step in steps]))
 
         monkeypatch.setattr(self.module, "learn", learn)
-
-    def fill(self, args: Any, state: Any, teacher: Any, envs: Any, replay: Any) -> Any:
-        return self.module.fill_teacher_buffer(args, state, teacher, envs, replay)
 
 
 TORCH, JAX = TorchScript(), JaxScript()

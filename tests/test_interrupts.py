@@ -1,117 +1,85 @@
-"""Ctrl-C waits for the end of what must not be left half-done."""
+"""Signals: the first is noted, the second ends the process, and before and behind all is as it was."""
 
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from cleanrl.utils.interrupts import uninterrupted
+from cleanrl.utils.interrupts import Stopped, StopSignals
 
-
-def press_ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
+ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
 @pytest.fixture(autouse=True)
-def same_handler():
-    """Every test leaves the handler it found; here, the usual one that raises KeyboardInterrupt."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def same_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert before == {number: signal.getsignal(number) for number in before}
 
 
-def test_without_ctrl_c_nothing_happens():
-    done = []
-    with uninterrupted():
-        done.append(1)
-    assert done
+@SIGNALS
+def test_the_first_signal_is_only_noted(number):
+    with StopSignals() as signals:
+        assert signals.received is None
+        signal.raise_signal(number)
+        assert signals.received == number
+    assert Stopped(number).status == 128 + number
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_ctrl_c_takes_effect_behind_the_block(times):
-    done = []
-
-    def work() -> None:
-        with uninterrupted():
-            for _ in range(times):
-                press_ctrl_c()
-            done.append("block")
-        done.append("behind")
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert done == ["block"]
-
-
-def test_ctrl_c_behind_the_block_is_as_ever():
-    with uninterrupted():
-        pass
-    with pytest.raises(KeyboardInterrupt):
-        press_ctrl_c()
-
-
-def test_the_outermost_block_ends_first():
-    done = []
-
-    def work() -> None:
-        with uninterrupted():
-            with uninterrupted():
-                press_ctrl_c()
-                done.append("inner")
-            done.append("outer")
-        done.append("behind")
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert done == ["inner", "outer"]
-
-
-def test_an_error_in_the_block_is_raised_and_the_handler_restored():
-    with pytest.raises(ValueError, match="wrong"), uninterrupted():
+def test_an_exception_passes_and_the_handlers_are_put_back():
+    with pytest.raises(ValueError, match="wrong"), StopSignals():
         raise ValueError("wrong")
-    with pytest.raises(KeyboardInterrupt):
-        press_ctrl_c()
 
 
-def test_an_error_in_the_block_goes_before_ctrl_c():
-    def work() -> None:
-        with uninterrupted():
-            press_ctrl_c()
-            raise ValueError("wrong")
-
-    with pytest.raises(ValueError, match="wrong"):
-        work()
-
-
-def test_a_handler_of_the_callers_own_is_called_with_what_arrived():
-    arrived = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
-    with uninterrupted():
-        press_ctrl_c()
-        assert arrived == []
-    signal.signal(signal.SIGINT, before)
-    ((number, frame),) = arrived
-    assert number == signal.SIGINT
-    assert frame is not None
-
-
-@pytest.mark.parametrize("ignored", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_ctrl_c_that_nobody_listens_to_stays_without_effect(ignored):
-    before = signal.signal(signal.SIGINT, ignored)
-    with uninterrupted():
-        if ignored is signal.SIG_IGN:
-            press_ctrl_c()
-    assert signal.signal(signal.SIGINT, before) is ignored
-
-
-def test_it_may_be_used_in_a_thread():
-    done = []
+def test_another_thread_gets_no_signals_and_no_error():
+    received = []
 
     def work() -> None:
-        with uninterrupted():
-            done.append(1)
+        with StopSignals() as signals:
+            received.append(signals.received)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert done
+    assert received == [None]
+
+
+def run(program: str) -> tuple[int, str, str]:
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+@SIGNALS
+def test_the_second_signal_ends_the_process_at_once(number):
+    status, output, _ = run(
+        f"""
+import signal
+from cleanrl.utils.interrupts import StopSignals
+with StopSignals():
+    signal.raise_signal({int(number)})
+    print("first", flush=True)
+    try:
+        signal.raise_signal({int(number)})
+    finally:
+        print("second", flush=True)
+"""
+    )
+    assert (status, output) == (128 + number, "first\n")
+
+
+def test_before_there_is_anything_to_lose_ctrl_c_is_one_line():
+    status, _, errors = run(
+        """
+import signal
+from cleanrl.utils.interrupts import exit_on_ctrl_c
+exit_on_ctrl_c()
+signal.raise_signal(signal.SIGINT)
+"""
+    )
+    assert (status, errors) == (130, "interrupted\n")

@@ -1,21 +1,22 @@
-"""--track hands the run over to Weights & Biases."""
+"""--track hands the curves over to Weights & Biases."""
 
 import sys
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from cleanrl.utils.tracking import start_tracking
 
 
-def test_wandb_follows_tensorboard(monkeypatch):
-    started = {}
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **settings: started.update(settings))
-    )
-    start_tracking("run", "project", None, {"seed": 1})
-    assert started["sync_tensorboard"] is True
-    assert (started["name"], started["project"], started["config"]) == ("run", "project", {"seed": 1})
+def test_wandb_gets_every_point_and_a_resumed_run_stays_one(monkeypatch):
+    wandb = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = start_tracking("run", "project", None, {"seed": 1})
+    settings = wandb.init.call_args.kwargs
+    assert (settings["name"], settings["project"], settings["config"]) == ("run", "project", {"seed": 1})
+    assert (settings["id"], settings["resume"]) == ("run", "allow")
+    log("charts/a", 0.5, 10)
+    wandb.init().log.assert_called_once_with({"charts/a": 0.5, "step": 10})
 
 
 def test_without_wandb_one_line_says_what_to_do(monkeypatch):

@@ -23,11 +23,12 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from both_scripts import JAX, LOSSES, TORCH
+from both_scripts import JAX, LOSSES, TORCH, no_checkpoint
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl.qdagger_dqn_atari_impalacnn import StudentNetwork
+from cleanrl.utils.interrupts import Stopped
 from cleanrl.utils.parallel_envs import FinishedGame, StepResult, WorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ TINY = {
     "teacher_eval_episodes": 2,
     "eval_episodes": 2,
 }
+OF_A_FRAMEWORK = {"NETWORKS", "KEYS", "SLOT_ARRAYS"}  # names of what a checkpoint holds
 OFFLINE_TAGS = {
     "charts/offline/loss",
     "charts/offline/q_loss",
@@ -122,7 +124,8 @@ def read_hyperparameters(run_folder: Path) -> str:
 
 
 def saved_names(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "checkpoints")
+    return {path.name for path in files if "tfevents" not in path.name}
 
 
 @pytest.fixture
@@ -178,7 +181,11 @@ def test_what_needs_no_framework_is_the_same_text_in_both_scripts():
     assert len(sources(TORCH.module)) == 14
     assert sources(TORCH.module) == sources(JAX.module)
     constants = [
-        {name: value for name, value in vars(script.module).items() if re.fullmatch("[A-Z_]{3,}", name)}
+        {
+            name: value
+            for name, value in vars(script.module).items()
+            if re.fullmatch("[A-Z_]{3,}", name) and name not in OF_A_FRAMEWORK
+        }
         for script in (TORCH, JAX)
     ]
     assert constants[0] == constants[1]
@@ -263,13 +270,14 @@ def test_the_first_game_of_each_evaluation_is_recorded(train, scalar_student):
 
 def test_tracking_starts_before_the_first_event_is_written(script, train, monkeypatch):
     calls = mock.Mock()
-    calls.SummaryWriter.side_effect = InterruptedError
+    calls.EventWriter.side_effect = InterruptedError
     monkeypatch.setattr(script.module, "start_tracking", calls.start_tracking)
-    monkeypatch.setattr(script.module, "SummaryWriter", calls.SummaryWriter)
+    monkeypatch.setattr(script.module, "EventWriter", calls.EventWriter)
     with pytest.raises(InterruptedError):
         train("tracked", track=True, wandb_project_name="project", wandb_entity="team")
-    (_, (name, project, entity, options), _), (_, (run_folder,), _) = calls.method_calls
-    assert Path(run_folder).name == name
+    (_, (name, project, entity, options), _), (_, (run_folder, mirror), _) = calls.method_calls
+    assert run_folder.name == name
+    assert mirror is calls.start_tracking()
     assert re.fullmatch(rf"PongNoFrameskip-v4__{script.path.stem}__1__\d+", name)
     assert (project, entity) == ("project", "team")
     assert options == vars(tiny(script, track=True, wandb_project_name="project", wandb_entity="team"))
@@ -302,7 +310,7 @@ def test_ctrl_c_leaves_a_saved_student_and_closed_event_files(script, tmp_path, 
 from functools import partial
 import {script.module.__name__} as script
 script.evaluate = partial(script.evaluate, max_game_frames=300)
-script.main(script.tyro.cli(script.Args))
+script.main(script.parse_arguments(script.Args))
 """
     options = [*PONG, *SMOKE, "--return-normalization", "random", "--exp-name", "stopped", *options.split()]
     process = start(tmp_path, "-c", with_short_games, *options, PYTHONPATH=str(ROOT))
@@ -311,8 +319,8 @@ script.main(script.tyro.cli(script.Args))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert errors.strip().endswith("interrupted")
     run_folder = only_run(tmp_path)
+    assert errors.strip().endswith(f"stopped by SIGINT; go on with --resume runs/{run_folder.name}")
     student = script.read_student(run_folder / "stopped.cleanrl_model")
     assert {name: array.shape for name, array in student.items()} == published_shapes(script, "student")
     assert all(np.isfinite(array).all() for array in student.values())
@@ -322,10 +330,10 @@ script.main(script.tyro.cli(script.Args))
 @pytest.mark.parametrize(
     ("phase", "stop", "status", "saved"),
     [
-        ("fill_teacher_buffer", KeyboardInterrupt(), 130, set()),
+        ("fill_teacher_buffer", Stopped(signal.SIGINT), 130, set()),
         ("train_offline", WorkerError("a worker died"), 1, set()),
         ("train_online", WorkerError("a worker died"), 1, {"mine", "mine-offline"}),
-        ("train_online", KeyboardInterrupt(), 130, {"mine", "mine-offline"}),
+        ("train_online", Stopped(signal.SIGTERM), 143, {"mine", "mine-offline"}),
     ],
 )
 def test_a_run_that_stops_early_saves_what_it_learned(
@@ -335,8 +343,11 @@ def test_a_run_that_stops_early_saves_what_it_learned(
     monkeypatch.setattr(script.module, phase, mock.Mock(side_effect=stop))
     with pytest.raises(SystemExit) as exit_:
         train("stopped", exp_name="mine")
-    assert exit_.value.code == status
-    assert capsys.readouterr().err.strip().endswith(str(stop) or "interrupted")
+    line = capsys.readouterr().err.strip() if isinstance(stop, Stopped) else exit_.value.code
+    assert exit_.value.code == (status if isinstance(stop, Stopped) else line)
+    has_begun = phase != "fill_teacher_buffer"  # that phase and the games before it are not played here
+    advice = r"go on with --resume runs/\S+" if has_begun else "there is no checkpoint"
+    assert re.search(rf"{stop}; {advice}$", line)
     assert saved_names(Path("runs")) == {f"{name}.cleanrl_model" for name in saved}
 
 
@@ -545,9 +556,7 @@ def test_the_seed_decides_the_first_student_the_exploration_and_the_batches(scri
     td_losses = []
     for seed in seeds:
         args, writer = tiny(script, seed=seed), NoWriter()
-        script.module.train_offline(
-            args, script.create_state(args), filled_replay(script), writer, lambda: 0.0
-        )
+        train_offline(script, args, script.create_state(args), writer, lambda: 0.0)
         td_losses.append(writer.scalars["charts/offline/q_loss"])
     same, other = (
         [np.array_equal(students[0][name], students[i][name]) for name in students[0] if "bias" not in name]
@@ -622,17 +631,17 @@ def rehearse(script, num_envs: int, game_length: int = 10**9, game_return: float
         monkeypatch.setattr(script.module, "StudentNetwork", script.Scalar)
         state = script.create_state(args)
         teacher = script.constant_teacher([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-        replay = script.create_replay(args.buffer_size, num_envs, args.n_step, args.gamma)
+        state.replay = script.create_replay(args.buffer_size, num_envs, args.n_step, args.gamma)
         games = NoGame(num_envs, game_length, game_return)
         writer = NoWriter()
 
         epsilon = script.record_epsilon(monkeypatch)
-        replay = script.fill(args, state, teacher, games, replay)
+        script.module.fill_teacher_buffer(args, state, teacher, games, no_checkpoint)
         filling_epsilon = epsilon.copy()
         assert games.steps * num_envs >= args.teacher_steps > (games.steps - 1) * num_envs
 
         monkeypatch.setattr(script.module, "LOSS_INTERVAL", 2)
-        script.module.train_offline(args, state, replay, writer, lambda: 0.5)
+        script.module.train_offline(args, state, writer, lambda: 0.5, no_checkpoint)
         assert state.offline_step == args.offline_steps
 
         epsilon.clear()
@@ -640,8 +649,8 @@ def rehearse(script, num_envs: int, game_length: int = 10**9, game_return: float
         coefficient = partial(
             script.module.distill_coefficient, teacher_return=20.0, distill_steps=args.distill_steps
         )
-        replay = script.create_replay(args.buffer_size, num_envs, args.n_step, args.gamma)
-        script.module.train_online(args, state, teacher, coefficient, games, replay, writer)
+        state.replay = script.create_replay(args.buffer_size, num_envs, args.n_step, args.gamma)
+        script.module.train_online(args, state, teacher, coefficient, games, writer, no_checkpoint)
         assert games.steps * num_envs >= args.total_timesteps > (games.steps - 1) * num_envs
 
     points = writer.scalars
@@ -806,6 +815,11 @@ def filled_replay(script, n_step: int = 1):
     return replay
 
 
+def train_offline(script, args, state, writer, save_and_evaluate):
+    state.replay = filled_replay(script)
+    script.module.train_offline(args, state, writer, save_and_evaluate, no_checkpoint)
+
+
 def some_batch(script, size: int):
     replay = filled_replay(script)
     return script.batch(replay, np.flatnonzero(np.asarray(replay.is_transition))[:size])
@@ -818,7 +832,7 @@ def test_offline_learning_brings_the_student_to_its_teacher(script):
     state = script.create_state(args)
     writer, probe = NoWriter(), some_batch(script, 40)
     before = script.distill_loss(state, probe, 0.5)
-    script.module.train_offline(args, state, filled_replay(script), writer, lambda: 1.5)
+    train_offline(script, args, state, writer, lambda: 1.5)
     assert script.distill_loss(state, probe, 0.5) < 0.8 * before
     returns = [(8, 1.5), (16, 1.5), (24, 1.5), (26, 1.5)]
     assert writer.scalars["charts/offline/avg_episodic_return"] == returns
@@ -880,7 +894,7 @@ def test_a_loss_that_turns_nan_stops_the_run_and_says_where(script):
     with pytest.raises(
         SystemExit, match=rf"nan at gradient step {step} of the offline phase; .*--learning-rate"
     ):
-        script.module.train_offline(args, state, filled_replay(script), NoWriter(), lambda: 0.0)
+        train_offline(script, args, state, NoWriter(), lambda: 0.0)
 
 
 @pytest.mark.parametrize("first_wrong", [1, 2, 5, 8, 10])
@@ -891,9 +905,7 @@ def test_the_step_that_is_named_is_the_first_that_was_looked_at(script, monkeypa
     named = next(step for step in seen_at if step >= first_wrong)
     saved = []
     with pytest.raises(SystemExit, match=f"the loss is nan at gradient step {named} of the offline phase"):
-        script.module.train_offline(
-            args, script.create_state(args), filled_replay(script), NoWriter(), lambda: saved.append(1) or 0.0
-        )
+        train_offline(script, args, script.create_state(args), NoWriter(), lambda: saved.append(1) or 0.0)
     assert bool(saved) == (named > 9)
 
 
@@ -907,31 +919,8 @@ def test_a_student_that_turned_nan_is_not_saved_over_a_good_one(script, offline_
     args = tiny(script, learning_rate=1e30, offline_steps=12, offline_eval_frequency=offline_eval_frequency)
     save_and_evaluate = mock.Mock()
     with pytest.raises(SystemExit, match=r"nan at gradient step \d+ of the offline phase"):
-        script.module.train_offline(
-            args, script.create_state(args), filled_replay(script), NoWriter(), save_and_evaluate
-        )
+        train_offline(script, args, script.create_state(args), NoWriter(), save_and_evaluate)
     save_and_evaluate.assert_not_called()
-
-
-def test_ctrl_c_in_a_gradient_step_leaves_a_whole_student(script, monkeypatch):
-    """Between the student that is used up and the new one, or between two of its parameters."""
-    monkeypatch.setattr(script.module, "StudentNetwork", script.Scalar)
-    args = tiny(script, **REHEARSAL)
-    state = script.create_state(args)
-    gradient_step = getattr(script.module, script.gradient_step)
-
-    def interrupted_step(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        results = gradient_step(*arguments)
-        signal.raise_signal(signal.SIGINT)
-        return results
-
-    monkeypatch.setattr(script.module, script.gradient_step, interrupted_step)
-    with pytest.raises(KeyboardInterrupt):
-        script.module.train_offline(args, state, filled_replay(script), NoWriter(), lambda: 0.0)
-    (number,) = script.weights(state).values()
-    assert number < 1 - 0.9e-3
-    assert number > 1 - 2.1e-3
 
 
 def test_target_network_moves_by_tau(script):
@@ -986,10 +975,11 @@ args = tiny(JAX, tau=0.5)
 
 
 def learn(device):
-    state, replay = JAX.create_state(args), jax.device_put(filled_replay(JAX), device)
+    state = JAX.create_state(args)
+    state.replay = jax.device_put(filled_replay(JAX), device)
     losses = []
     for shares in [[0.0, 0.5], [0.75, 0.0], [1.0]]:
-        results = script.learn(args, state, replay, [1.0, 0.4][: len(shares)], shares)
+        results = script.learn(args, state, [1.0, 0.4][: len(shares)], shares)
         losses += [script.read_losses(results, index, "here") for index in range(len(shares))]
     assert state.device == learner_device
     key = np.asarray(jax.random.key_data(state.sampling_key))

@@ -1,8 +1,15 @@
-"""Refuses command lines that make no sense before any work is done. Serves every training script."""
+"""Reads a training script's command line, and refuses what makes no sense before any work is done."""
 
+import dataclasses
 import math
 import sys
-from typing import Any
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from cleanrl.utils.checkpoint import newest_unfinished_run, saved_options
 
 LEAST = {
     "seed": 0,
@@ -26,7 +33,37 @@ LEAST = {
 MOST = {"seed": 2**32 - 1}  # what every generator takes
 FRACTIONS = ("repeat_action_probability", "gamma", "tau", "start_e", "end_e", "exploration_fraction")
 POSITIVE = ("learning_rate", "final_learning_rate", "adam_epsilon", "temperature")
-NOT_NEGATIVE = ("distill_weight",)
+NOT_NEGATIVE = ("distill_weight", "checkpoint_interval")
+
+Args = TypeVar("Args")
+
+
+def parse_arguments(args_type: type[Args]) -> Args:
+    """The command line as an `args_type`; if it names a run to resume, that run's options are the defaults.
+
+    `--resume auto` becomes the newest unfinished run of the experiment and seed, or none if there is none.
+
+    Raises:
+        SystemExit: with one line, if that run has no checkpoint that can be used.
+    """
+    args = tyro.cli(args_type)
+    if args.resume is None:
+        return args
+    run_folder = args.resume
+    if args.resume == "auto":
+        run_folder = newest_unfinished_run(args.env_id, args.exp_name, args.seed)
+        if run_folder is None:
+            print("--resume auto: no unfinished run; this is a new one")
+            return dataclasses.replace(args, resume=None)
+    options = saved_options(Path(run_folder))
+    defaults = {}
+    for field in dataclasses.fields(args_type):
+        if field.name in options:
+            value = options[field.name]
+            is_path = Path in typing.get_args(field.type) and value is not None
+            defaults[field.name] = Path(value) if is_path else value
+    args = tyro.cli(args_type, default=args_type(**defaults))
+    return dataclasses.replace(args, resume=str(run_folder))
 
 
 def check_arguments(args: Any) -> None:
@@ -51,7 +88,7 @@ def check_arguments(args: Any) -> None:
         refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
     if args.buffer_device == "cuda" and not args.cuda:
         refuse("buffer_device", "cuda", "contradicts --no-cuda")
-    fewest_steps = args.n_step * args.num_envs
+    fewest_steps = options.get("n_step", 1) * args.num_envs
     if options.get("teacher_steps", fewest_steps) < fewest_steps:
         refuse(
             "teacher_steps", args.teacher_steps, f"must be at least --n-step times --num-envs, {fewest_steps}"

@@ -21,6 +21,7 @@ def evaluate(
     epsilon: float,
     max_game_frames: int = MAX_GAME_FRAMES,
     video_folder: Path | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Plays `episodes` whole games side by side and returns their unclipped returns.
 
@@ -35,6 +36,7 @@ def evaluate(
         epsilon: the probability of a random action.
         max_game_frames: a game is cut off after this many emulator frames and counts with its return so far.
         video_folder: where the first copy records its games as mp4 files; None: nowhere.
+        before_step: is called before each step; what it raises ends the games.
 
     Raises:
         WorkerError: an environment worker failed.
@@ -50,6 +52,7 @@ def evaluate(
     with ParallelEnvs(env_fns, probe_fn=make_env) as envs:  # the probe must not take the video's place
         observations = envs.reset(seed)
         while games_left.any():
+            before_step()
             playing = games_left > 0
             actions = rng.integers(envs.action_space.n, size=num_envs)
             greedy = playing & (rng.random(num_envs) >= epsilon)

@@ -1,22 +1,48 @@
-"""Keeps Ctrl-C away from what must not be left half-done."""
+"""SIGINT (Ctrl-C) and SIGTERM: a run ends where nothing is half-done, and says with which status."""
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import FrameType
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A Ctrl-C (SIGINT) that arrives in the block takes effect behind it, as KeyboardInterrupt usually."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
-        yield
-        return
-    arrived = []
-    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: arrived.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if arrived and callable(handler):
-        handler(*arrived[0])
+class Stopped(Exception):
+    """The run was asked to end; `status` is the exit status, 128 plus the signal's number."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.status = 128 + signal_number
+
+
+def exit_on_ctrl_c() -> None:
+    """From now on Ctrl-C ends the process with a line and no traceback; for while nothing can be lost."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGINT, handle)
+
+
+class StopSignals:
+    """A context in which the first signal is only noted, and a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():  # where signals arrive
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number

@@ -13,10 +13,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+
+from cleanrl.utils.env_state import get_state, set_state
 
 IDLE = -1  # the action that leaves a copy untouched
 WORKER_TIMEOUT_S = 120.0
@@ -60,7 +62,8 @@ def _shared_array(buffer, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, layout: list) -> None:
     """Serves commands from the main process until it says "close" or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the main process decides
+        signal.signal(number, signal.SIG_IGN)
     observations, rewards, terminations, truncations, final_observations = (
         _shared_array(buffer, *shape_and_type) for buffer, shape_and_type in zip(buffers, layout, strict=True)
     )
@@ -71,8 +74,15 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
             finished_games = []
             if command == "close":
                 break
+            if command == "get_states":
+                connection.send([(index, get_state(env)) for index, env in envs.items()])
+                continue
             for index, env in envs.items():
-                if command == "reset":
+                if command == "set_states":
+                    env.reset()
+                    set_state(env, arguments[index]["env"])
+                    observations[index] = arguments[index]["observation"]
+                elif command == "reset":
                     observations[index], _ = env.reset(seed=arguments[index])
                 elif arguments[index] != IDLE:
                     observation, reward, terminated, truncated, _ = env.step(arguments[index])
@@ -96,12 +106,12 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
 
 
 def _start_fork_server(context) -> None:
-    """Starts the process that workers fork from, deaf to the Ctrl-C that ends the main process."""
+    """Starts the process that workers fork from, deaf to the signals that end the main process."""
     from multiprocessing import forkserver, resource_tracker  # fail to import on Windows
 
     context.set_forkserver_preload([name for name in HEAVY_MODULES if name in sys.modules])
-    resource_tracker.ensure_running()  # first, as its own start unblocks SIGINT
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # first, as its own start unblocks them
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
@@ -148,16 +158,20 @@ class ParallelEnvs:
         self._arrays = [_shared_array(buffer, *entry) for buffer, entry in zip(buffers, layout, strict=True)]
         num_workers = min(self.num_envs, num_workers or available_cores())
         self._connections, self._processes = [], []
-        for indices in np.array_split(np.arange(self.num_envs), num_workers):
-            connection, worker_connection = context.Pipe()
-            own_env_fns = {int(index): env_fns[index] for index in indices}
-            process = context.Process(
-                target=_work, args=(worker_connection, own_env_fns, buffers, layout), daemon=True
-            )
-            process.start()
-            worker_connection.close()  # or the end of the worker would go unnoticed
-            self._connections.append(connection)
-            self._processes.append(process)
+        try:
+            for indices in np.array_split(np.arange(self.num_envs), num_workers):
+                connection, worker_connection = context.Pipe()
+                own_env_fns = {int(index): env_fns[index] for index in indices}
+                process = context.Process(
+                    target=_work, args=(worker_connection, own_env_fns, buffers, layout), daemon=True
+                )
+                process.start()
+                worker_connection.close()  # or the end of the worker would go unnoticed
+                self._connections.append(connection)
+                self._processes.append(process)
+        except BaseException:
+            self.close()  # the workers are deaf to the SIGTERM that would end them when Python exits
+            raise
 
     def reset(self, seed: int | Sequence[int]) -> np.ndarray:
         """Starts the first game of every copy, each with a seed of its own that `seed` determines.
@@ -165,6 +179,22 @@ class ParallelEnvs:
         Returns observations (N, *observation_shape).
         """
         self._send("reset", [int(own) for own in np.random.SeedSequence(seed).generate_state(self.num_envs)])
+        self._receive()
+        return self._arrays[0].copy()
+
+    def get_states(self) -> list[dict[str, Any]]:
+        """The whole state of every copy, as plain data, between two steps."""
+        self._send("get_states", [None] * self.num_envs)
+        states = dict(sorted(self._receive(), key=lambda index_and_state: index_and_state[0]))
+        observations = self._arrays[0].copy()
+        return [{"env": states[index], "observation": observations[index]} for index in range(self.num_envs)]
+
+    def set_states(self, states: list[dict[str, Any]]) -> np.ndarray:
+        """Brings every copy into a state that `get_states` gave.
+
+        Returns the observations (N, *observation_shape) of that moment.
+        """
+        self._send("set_states", states)
         self._receive()
         return self._arrays[0].copy()
 
@@ -178,7 +208,7 @@ class ParallelEnvs:
         Raises:
             WorkerError: a worker died, hangs, or its environment raised an error.
         """
-        finished_games = self._receive()
+        finished_games = sorted(self._receive())
         return StepResult(*(array.copy() for array in self._arrays), finished_games)
 
     def _send(self, command: str, arguments: list) -> None:
@@ -189,14 +219,15 @@ class ParallelEnvs:
                 self._receive_from(connection, process)  # its last words, if it had any
                 raise self._died(process) from None
 
-    def _receive(self) -> list[FinishedGame]:
+    def _receive(self) -> list:
+        """What the workers answered, one list after the other."""
         answers = [
             self._receive_from(connection, process)
             for connection, process in zip(self._connections, self._processes, strict=True)
         ]
-        return sorted(game for finished_games in answers for game in finished_games)
+        return [item for answer in answers for item in answer]
 
-    def _receive_from(self, connection, process) -> list[FinishedGame]:
+    def _receive_from(self, connection, process) -> list:
         try:
             if not connection.poll(WORKER_TIMEOUT_S):
                 raise WorkerError(

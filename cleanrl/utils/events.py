@@ -1,0 +1,87 @@
+"""TensorBoard's event files, written so that a run can rely on them.
+
+What is flushed is on the disk, which a checkpoint needs to know; a disk that is full costs neither the run
+nor a point of a curve: what could not be written waits until there is room.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+FLUSH_INTERVAL_S = 20.0
+
+
+class EventWriter:
+    """Writes a new event file in a run's folder.
+
+    Args:
+        folder: the run's.
+        mirror: is called with the tag, value and step of each point of a curve as well.
+    """
+
+    def __init__(self, folder: Path, mirror: Callable[[str, float, int], None] | None = None):
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.mirror = folder / name, mirror
+        self._pending: list[bytes] = []
+        self._next_flush_time = 0.0
+        self._add(file_version="brain.Event:2")
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds a point of the curve `tag`."""
+        value = float(value)
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+        if self.mirror:
+            self.mirror(tag, value, step)
+
+    def add_options(self, options: dict[str, Any]) -> None:
+        """Adds a run's options as a table on the page of texts, under `hyperparameters`."""
+        table = "\n".join(
+            ["|option|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in options.items())]
+        )
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        text = Summary.Value(
+            tag="hyperparameters/text_summary",
+            metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text")),
+            tensor=TensorProto(dtype=DT_STRING, string_val=[table.encode()], tensor_shape=shape),
+        )
+        self._add(summary=Summary(value=[text]))
+
+    def flush(self) -> None:
+        """Writes what is not written yet, all of it; or, if the disk is full, nothing, and says so."""
+        self._next_flush_time = time.monotonic() + FLUSH_INTERVAL_S
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                records = RecordWriter(file)
+                for event in self._pending:
+                    records.write(event)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            print(
+                f"\nwarning: {self.path} cannot be written to ({error.strerror}): will try again",
+                file=sys.stderr,
+            )
+            if self.path.exists():
+                os.truncate(self.path, size)
+            return
+        self._pending.clear()
+
+    def close(self) -> None:
+        self.flush()
+
+    def _add(self, **content: Any) -> None:
+        self._pending.append(Event(wall_time=time.time(), **content).SerializeToString())
+        if time.monotonic() >= self._next_flush_time:
+            self.flush()

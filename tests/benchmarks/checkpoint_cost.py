@@ -1,0 +1,93 @@
+"""What a checkpoint costs with a full replay buffer:  python tests/benchmarks/checkpoint_cost.py
+
+Fills the PyTorch script's buffer with real frames of a game played at random: 20,000 steps, again and again,
+too far apart for the compression to notice. Prints the time and the disk space of the first checkpoint, which
+holds all of the buffer, of one that adds the steps of 10 minutes, and of reading it back.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cleanrl.qdagger_dqn_atari_impalacnn import ReplayBuffer, make_env
+from cleanrl.utils.atari import count_actions
+from cleanrl.utils.checkpoint import Run, newest_checkpoint
+from cleanrl.utils.parallel_envs import ParallelEnvs
+
+NUM_ENVS = 8
+
+
+@dataclass
+class Args:
+    env_id: str = "PongNoFrameskip-v4"
+    """the game"""
+    frames: int = 1_000_000
+    """frames in the buffer"""
+    played_steps: int = 20_000
+    """steps that are really played"""
+    steps_in_10_minutes: int = 18_000
+    """steps between two checkpoints"""
+
+
+def play(args: Args) -> list[tuple]:
+    num_actions = count_actions(args.env_id)
+    rng = np.random.default_rng(0)
+    with ParallelEnvs([partial(make_env, args.env_id)] * NUM_ENVS) as envs:
+        steps = [envs.reset(0)]
+        for _ in range(args.played_steps // NUM_ENVS):
+            actions = rng.integers(num_actions, size=NUM_ENVS)
+            envs.step_async(actions)
+            steps.append((actions, envs.step_wait()))
+    return steps
+
+
+def main(args: Args) -> None:
+    num_actions = count_actions(args.env_id)
+    observations, *steps = play(args)
+    replay = ReplayBuffer(args.frames, NUM_ENVS, num_actions, 1, 0.99, torch.device("cpu"))
+    replay.start(observations)
+    rng = np.random.default_rng(1)
+
+    def add(number: int) -> None:
+        for index in range(number // NUM_ENVS):
+            q_values = rng.normal(size=(NUM_ENVS, num_actions)).astype(np.float32)
+            replay.add(*steps[index % len(steps)], q_values)
+
+    def save(run: Run, what: str) -> None:
+        before, start = size(run.folder), time.perf_counter()
+        run.save({}, "replay", replay)
+        seconds, num_bytes = time.perf_counter() - start, size(run.folder) - before
+        print(f"{what}: {seconds:.1f} s, {num_bytes / 1e6:.0f} MB")
+
+    add(args.frames)
+    os.chdir(tempfile.mkdtemp())
+    options = {"env_id": args.env_id, "exp_name": "cost", "seed": 0, "resume": None, "checkpoint_interval": 1}
+    with Run(SimpleNamespace(**options), script="cost") as run:
+        save(run, f"the whole buffer, {args.frames:,} frames")
+        for _ in range(2):
+            add(args.steps_in_10_minutes)
+            save(run, f"{args.steps_in_10_minutes:,} steps more")
+        start = time.perf_counter()
+        for slots, rows in newest_checkpoint(run.folder).rows(replay.num_slots):
+            replay.write(slots, rows)
+        print(f"read back: {time.perf_counter() - start:.1f} s; on the disk: {size(run.folder) / 1e6:.0f} MB")
+        run.finish()
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

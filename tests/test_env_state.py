@@ -1,0 +1,129 @@
+"""A game that is put back where it was goes on as it would have, in every detail."""
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from cleanrl import dqn_atari, qdagger_dqn_atari_jax_impalacnn
+from cleanrl.utils.env_state import get_state, set_state
+from cleanrl.utils.parallel_envs import IDLE, ParallelEnvs
+from cleanrl.utils.storage import pack, unpack
+
+GAMES = ["PongNoFrameskip-v4", "BreakoutNoFrameskip-v4", "BeamRiderNoFrameskip-v4"]
+STEPS = 250
+
+
+def play(env: gym.Env, actions: np.ndarray) -> list[tuple]:
+    """All that the steps give; where an episode ends, also what the reset gives."""
+    record = []
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(action)
+        record.append((observation.tobytes(), float(reward), terminated, truncated, info))
+        if terminated or truncated:
+            observation, info = env.reset()
+            record.append((observation.tobytes(), info))
+    return record
+
+
+def count_ends(record: list[tuple]) -> tuple[int, int]:
+    """Ended episodes, and how many of them were a whole game."""
+    resets = [entry for entry in record if len(entry) == 2]
+    return len(resets), sum("episode" in info for _, info in resets)
+
+
+@pytest.mark.parametrize("sticky", [0.0, 0.25], ids=["plain", "sticky"])
+@pytest.mark.parametrize("env_id", GAMES)
+def test_a_game_goes_on_as_it_would_have(env_id, sticky):
+    make = partial(dqn_atari.make_env, env_id, sticky, max_game_frames=500)
+    rng = np.random.default_rng(0)
+    env = make()
+    env.reset(seed=3)
+    actions = rng.integers(env.action_space.n, size=4 * STEPS)
+    for before in (0, 1, 60, 137):
+        play(env, actions[:before])
+        state = unpack(pack(get_state(env)))
+        expected = play(env, actions[-STEPS:])
+        other = make()
+        other.reset()
+        set_state(other, state)
+        assert play(other, actions[-STEPS:]) == expected
+        assert count_ends(expected)[1] >= 1, "no game was over"
+    if env_id.startswith("Breakout"):
+        episodes, games = count_ends(expected)
+        assert episodes > games, "no life was lost"
+
+
+def test_reading_the_state_changes_nothing():
+    states = []
+    for reads in (False, True):
+        env = dqn_atari.make_env(GAMES[1], 0.25, max_game_frames=500)
+        env.reset(seed=5)
+        record = []
+        for action in np.random.default_rng(1).integers(env.action_space.n, size=STEPS):
+            record += play(env, [action])
+            if reads:
+                get_state(env)
+        states.append(record)
+    assert states[0] == states[1]
+
+
+def test_a_game_may_be_put_back_into_the_middle_of_another():
+    make = partial(dqn_atari.make_env, GAMES[1], 0.25, max_game_frames=500)
+    actions = np.random.default_rng(2).integers(4, size=3 * STEPS)
+    env, other = make(), make()
+    env.reset(seed=1)
+    play(env, actions[:70])
+    state = get_state(env)
+    expected = play(env, actions[:STEPS])
+    other.reset(seed=2)
+    play(other, actions[-STEPS:])
+    set_state(other, state)
+    assert play(other, actions[:STEPS]) == expected
+
+
+def steps_of(envs: ParallelEnvs, actions: np.ndarray) -> list[tuple]:
+    record = []
+    for step_actions in actions:
+        envs.step_async(step_actions)
+        step = envs.step_wait()
+        ended = step.terminations | step.truncations
+        arrays = (*step[:4], step.final_observations[ended])
+        record.append((*(array.tobytes() for array in arrays), step.finished_games))
+    return record
+
+
+@pytest.mark.parametrize(
+    ("module", "sticky"),
+    [(dqn_atari, 0.0), (qdagger_dqn_atari_jax_impalacnn, 0.25)],
+    ids=["torch", "jax, sticky"],
+)
+def test_copies_in_workers_go_on_as_they_would_have_with_any_number_of_workers(module, sticky):
+    fns = [partial(module.make_env, GAMES[1], sticky, max_game_frames=500)] * 3
+    rng = np.random.default_rng(0)
+    before, after = rng.integers(4, size=(40, 3)), rng.integers(4, size=(STEPS, 3))
+    with ParallelEnvs(fns, num_workers=2) as envs:
+        envs.reset(seed=7)
+        last = steps_of(envs, before)[-1]
+        states = unpack(pack(envs.get_states()))
+        expected = steps_of(envs, after)
+    assert any(games for *_, games in expected)
+    with ParallelEnvs(fns, num_workers=1) as envs:
+        observations = envs.set_states(states)
+        assert observations.tobytes() == last[0]
+        assert steps_of(envs, after) == expected
+        envs.set_states(states)
+        assert steps_of(envs, after) == expected
+
+
+def test_a_copy_that_is_left_idle_keeps_its_observation():
+    fns = [partial(dqn_atari.make_env, GAMES[0])] * 2
+    with ParallelEnvs(fns, num_workers=1) as envs:
+        envs.reset(seed=7)
+        steps_of(envs, np.array([[2, 3], [2, IDLE], [2, IDLE]]))
+        states = envs.get_states()
+        observations = np.stack([state["observation"] for state in states])
+        assert envs.set_states(states).tobytes() == observations.tobytes()
+        envs.step_async(np.array([IDLE, IDLE]))
+        assert envs.step_wait().observations.tobytes() == observations.tobytes()
