@@ -1,0 +1,401 @@
+"""What is measured, the baseline and both scripts, behind the same few requests; and the machine's limits.
+
+python tests/benchmarks/programs.py {baseline,torch,jax,limits} {cpu,cuda} NUM_ENVS
+
+Each program lives in a process of its own, as PyTorch and JAX would take the cores from each other. It says
+"ready" once the teacher has made its first step, then answers requests on standard input, lines of
+`NAME AMOUNT…`, with a line of JSON each on standard output. In between it does nothing, so several may wait
+side by side. Whatever the benchmarks know of the scripts' functions stands in this file.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+ENV_ID, NUM_ACTIONS = "PongNoFrameskip-v4", 6
+TEACHER = ROOT / "cleanrl/teachers/PongNoFrameskip-v4.safetensors"
+BUFFER_SIZE = 60_000  # while the phases are timed
+FULL_BUFFER_SIZE = 1_000_000  # the scripts' default, whose memory is counted
+FRAMES_PER_STEP = 4
+TRAIN_FREQUENCY = 4  # online environment steps per gradient step, the scripts' default
+WARM_UP_STEPS = {"fill": 400, "offline": 4, "online": 32}
+ADDS, SAMPLES = 1000, 300  # that are timed
+
+
+class Program:
+    """A process with one of the programs; a context manager that ends it.
+
+    Args:
+        name: baseline, torch, jax or limits.
+        device: cpu or cuda.
+        num_envs: copies of the game in a script.
+    """
+
+    def __init__(self, name: str, device: str, num_envs: int = 8):
+        self.name = name
+        command = [sys.executable, __file__, name, device, str(num_envs)]
+        start_time = time.perf_counter()
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+        )
+        self._read()
+        self.startup_s = time.perf_counter() - start_time
+        """from the start of the process until the teacher has made its first step: imports, environments,
+        networks, what JAX compiles for it, the step"""
+
+    def ask(self, request: str, *amounts: int) -> Any:
+        print(request, *amounts, file=self.process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: the {self.name} program ended; what it said stands above")
+        return json.loads(line)
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class NoWriter:
+    def add_scalar(self, *_: object) -> None:
+        pass
+
+
+def no_checkpoint(*_: object) -> None:
+    pass
+
+
+def create_args(script: Any, device: str, num_envs: int) -> Any:
+    """The settings that are measured: the script's defaults, learning from the first online step on."""
+    return script.Args(
+        env_id=ENV_ID,
+        teacher_model_path=TEACHER,
+        num_envs=num_envs,
+        buffer_size=BUFFER_SIZE,
+        learning_starts=0,
+        offline_eval_frequency=10**9,
+        cuda=device == "cuda",
+    )
+
+
+class ScriptPhases:
+    """A script's own phases, each for a number of steps; what the two scripts call differently is below."""
+
+    def __init__(self, script_name: str, device: str, num_envs: int):
+        from cleanrl.utils.parallel_envs import ParallelEnvs
+
+        self.script = importlib.import_module(f"cleanrl.{script_name}")
+        self.args = create_args(self.script, device, num_envs)
+        self.device = self.choose_device()
+        self.envs = ParallelEnvs([partial(self.script.make_env, ENV_ID)] * num_envs)
+        self.teacher = self.script.load_teacher(self.args, NUM_ACTIONS, self.device)
+        self.state = self.script.create_train_state(self.args, NUM_ACTIONS, self.device)
+        self.state.replay = self.create_replay(BUFFER_SIZE)
+        self.fill(num_envs)
+
+    def fill(self, steps: int) -> None:
+        self.state.teacher_step = 0  # ε falls anew
+        args = replace(self.args, teacher_steps=steps)
+        self.script.fill_teacher_buffer(args, self.state, self.teacher, self.envs, no_checkpoint)
+
+    def offline(self, gradient_steps: int) -> None:
+        args = replace(self.args, offline_steps=self.state.offline_step + gradient_steps)
+        self.script.train_offline(args, self.state, NoWriter(), lambda: 0.0, no_checkpoint)
+
+    def online(self, steps: int) -> None:
+        args = replace(self.args, total_timesteps=self.state.online_step + steps)
+        teacher_replay, self.state.replay = self.state.replay, self.online_replay
+        self.script.train_online(
+            args, self.state, self.teacher, lambda *_: 1.0, self.envs, NoWriter(), no_checkpoint
+        )
+        self.wait_for(self.state.replay)
+        self.state.replay = teacher_replay
+
+    def evaluate(self, games: int, max_game_frames: int) -> None:
+        from cleanrl.utils.evaluation import evaluate
+
+        make_game = partial(self.script.make_env, ENV_ID)
+        evaluate(make_game, self.teacher_q_values, games, 0, self.args.end_e, max_game_frames)
+
+    def time_replay(self, stored: int) -> dict[str, float]:
+        """Microseconds that a full buffer of so many frames takes to add one step of all environments, and to
+        draw and gather one batch.
+        """
+        import numpy as np
+
+        from cleanrl.utils.parallel_envs import StepResult
+
+        num_envs = self.args.num_envs
+        observations = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), np.uint8)
+        nowhere = np.zeros(num_envs, dtype=bool)
+        step = StepResult(observations, np.ones(num_envs, np.float32), nowhere, nowhere, observations, [])
+        actions, q_values = np.zeros(num_envs, dtype=int), np.zeros((num_envs, NUM_ACTIONS), np.float32)
+        buffer = self.create_replay(stored)
+        buffer = buffer.start(observations) or buffer
+
+        def add() -> None:
+            nonlocal buffer
+            buffer = buffer.add(actions, step, q_values) or buffer
+
+        for _ in range(stored // num_envs):
+            add()
+        self.wait_for(buffer)
+        add_s = seconds_of(lambda: [[add() for _ in range(ADDS)], self.wait_for(buffer)])
+        self.sample(buffer)
+        sample_s = seconds_of(lambda: [self.sample(buffer) for _ in range(SAMPLES)])
+        return {"add_us": add_s / ADDS * 1e6, "sample_us": sample_s / SAMPLES * 1e6}
+
+    def prepare(self) -> None:
+        """Makes the empty buffer that the next online phase takes."""
+        self.online_replay = self.create_replay(BUFFER_SIZE)
+        self.wait_for(self.online_replay, self.state)
+
+    def synchronize(self) -> None:
+        self.wait_for(self.state.replay, self.state)
+
+
+class TorchPhases(ScriptPhases):
+    def choose_device(self) -> Any:
+        import torch
+
+        return torch.device("cuda" if self.args.cuda else "cpu")
+
+    def create_replay(self, capacity: int) -> Any:
+        settings = (self.args.num_envs, NUM_ACTIONS, self.args.n_step, self.args.gamma, self.device)
+        return self.script.ReplayBuffer(capacity, *settings)
+
+    @property
+    def teacher_q_values(self) -> Callable:
+        return partial(self.script.compute_q_values, self.teacher, self.device)
+
+    def replay_bytes(self) -> int:
+        """Of the arrays of a buffer of full size, which is not written to."""
+        arrays = vars(self.create_replay(FULL_BUFFER_SIZE)).values()
+        return sum(array.nbytes for array in arrays if hasattr(array, "nbytes"))
+
+    def update_flops(self) -> int:
+        batch = self.script.sample_batch(self.args, self.state)
+        return count_flops(lambda: self.script.update(self.args, self.state, batch, 1.0))
+
+    def sample(self, buffer: Any) -> None:
+        self.state.replay = buffer
+        self.script.sample_batch(self.args, self.state)
+        self.wait_for()
+
+    def wait_for(self, *_: object) -> None:
+        wait_for_torch(self.device)
+
+
+class JaxPhases(ScriptPhases):
+    def choose_device(self) -> Any:
+        return self.script.choose_device(self.args)
+
+    def create_replay(self, capacity: int) -> Any:
+        settings = (self.args.num_envs, NUM_ACTIONS, self.args.n_step, self.args.gamma, self.device)
+        return self.script.ReplayBuffer.create(capacity, *settings)
+
+    @property
+    def teacher_q_values(self) -> Callable:
+        return partial(self.script.compute_q_values, self.teacher)
+
+    def replay_bytes(self) -> int:
+        """Of the arrays of a buffer of full size, which is not made, only its shapes."""
+        import jax
+
+        buffer = jax.eval_shape(lambda: self.create_replay(FULL_BUFFER_SIZE))
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(buffer))
+
+    def sample(self, buffer: Any) -> None:
+        batch, self.state.sampling_key = self.script.sample_alone(
+            buffer, self.state.sampling_key, self.args.batch_size
+        )
+        self.wait_for(batch)
+
+    def wait_for(self, *parts: Any) -> None:
+        import jax
+
+        # A state is no tree of arrays, its learner is.
+        jax.block_until_ready([getattr(part, "learner", part) for part in parts])
+
+
+class BaselinePhases:
+    def __init__(self, device: str):
+        import torch
+        from baseline import Baseline, create_replay
+
+        import cleanrl.qdagger_dqn_atari_impalacnn as script
+
+        self.device = torch.device(device)
+        self.loop = Baseline(create_args(script, device, num_envs=1), self.device)
+        self.fill, self.offline, self.evaluate = self.loop.fill, self.loop.offline, self.loop.evaluate
+        self.create_replay = partial(create_replay, BUFFER_SIZE, self.loop.env, self.device)
+        self.fill(1)
+
+    def online(self, steps: int) -> None:
+        self.loop.online(steps, self.online_replay)
+
+    def prepare(self) -> None:
+        self.online_replay = self.create_replay()
+
+    def replay_bytes(self) -> int:
+        from baseline import replay_bytes
+
+        return replay_bytes(FULL_BUFFER_SIZE, self.loop.env)
+
+    def update_flops(self) -> int:
+        batch = self.loop.replay.sample(self.loop.args.batch_size)
+        return count_flops(lambda: self.loop.update(batch, distill_coeff=1.0))
+
+    def synchronize(self) -> None:
+        wait_for_torch(self.device)
+
+
+class Limits:
+    """What the machine can do at best of the work that the phases consist of."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def flops_per_s(self) -> float:
+        """Floating-point operations per second of a large float32 matrix product, the best of 8."""
+        import torch
+
+        size = 16_384 if self.device == "cuda" else 2048
+        factor = torch.rand(size, size, device=self.device)
+
+        def multiply() -> None:
+            factor @ factor
+            wait_for_torch(torch.device(self.device))
+
+        return 2 * size**3 / min(seconds_of(multiply) for _ in range(8))
+
+    def frames_per_s(self) -> float:
+        """Frames per second of ALE's bare `act` with random actions, in one process per core, added up."""
+        from cleanrl.utils.parallel_envs import available_cores
+
+        cores = available_cores()
+        with multiprocessing.get_context("spawn").Pool(cores) as pool:
+            pool.map(act, [0.1] * cores, chunksize=1)
+            return sum(pool.map(act, [2.0] * cores, chunksize=1))
+
+
+def act(duration_s: float) -> float:
+    """Frames per second of `act` alone, in this process."""
+    import ale_py
+    import gymnasium as gym
+    import numpy as np
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no greeting
+    gym.register_envs(ale_py)
+    env = gym.make(ENV_ID)
+    env.reset(seed=0)
+    ale = env.unwrapped.ale
+    actions = np.random.default_rng(0).choice(ale.getMinimalActionSet(), 256).tolist()
+    frames, start_time = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - start_time) < duration_s:
+        for action in actions:
+            ale.act(action)
+            if ale.game_over():
+                ale.reset_game()
+        frames += len(actions)
+    return frames / elapsed_s
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start_time = time.perf_counter()
+    work()
+    return time.perf_counter() - start_time
+
+
+def wait_for_torch(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions in `work`, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class Requests:
+    """What a process answers."""
+
+    def __init__(self, program: Any):
+        self.program = program
+        self.is_warm: set[str] = set()
+
+    def answer(self, request: str, *amounts: int) -> Any:
+        if request in WARM_UP_STEPS:
+            return self.time_phase(request, *amounts)
+        if request == "evaluate":
+            return self.time_games(*amounts)
+        return getattr(self.program, request)(*amounts)
+
+    def time_phase(self, name: str, steps: int) -> float:
+        """Steps per second of a phase; what is compiled or first touched before it does not count."""
+        phase = getattr(self.program, name)
+        for earlier in ("fill", name):  # without a teacher's play there is nothing to learn from
+            if earlier not in self.is_warm:
+                self.program.prepare()
+                getattr(self.program, earlier)(WARM_UP_STEPS[earlier])
+                self.is_warm.add(earlier)
+        self.program.prepare()
+        return steps / seconds_of(lambda: [phase(steps), self.program.synchronize()])
+
+    def time_games(self, games: int, max_game_frames: int) -> float:
+        """Games per minute, each cut off after so many frames; the start of the workers counts."""
+        if "evaluate" not in self.is_warm:
+            self.program.evaluate(games, max_game_frames // 20)
+            self.is_warm.add("evaluate")
+        return 60 * games / seconds_of(lambda: self.program.evaluate(games, max_game_frames))
+
+
+def serve(name: str, device: str, num_envs: int) -> None:
+    replies = sys.stdout
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the scripts' own prints
+    programs: dict[str, Callable[[], Any]] = {
+        "baseline": partial(BaselinePhases, device),
+        "torch": partial(TorchPhases, "qdagger_dqn_atari_impalacnn", device, num_envs),
+        "jax": partial(JaxPhases, "qdagger_dqn_atari_jax_impalacnn", device, num_envs),
+        "limits": partial(Limits, device),
+    }
+    program = programs[name]()
+    say = partial(print, file=replies, flush=True)
+    say(json.dumps("ready"))
+    requests = Requests(program)
+    for line in sys.stdin:
+        request, *amounts = line.split()
+        say(json.dumps(requests.answer(request, *map(int, amounts))))
+    if isinstance(program, ScriptPhases):
+        program.envs.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
