@@ -6,6 +6,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+from ale_py.env import AtariEnv
 from stable_baselines3.common import atari_wrappers as stable_baselines3
 
 from cleanrl.qdagger_dqn_atari_impalacnn import EpisodicLife, MaxAndSkip, NoopReset, Resize, make_env
@@ -180,15 +181,34 @@ def first_observations(repeat_action_probability: float, seed: int) -> np.ndarra
     return np.stack([env.step(rng.integers(4))[0] for _ in range(20)])
 
 
-def test_sticky_actions_reach_the_emulator_and_change_the_game():
-    for probability in (0.0, 0.25):
-        env = make_env("PongNoFrameskip-v4", repeat_action_probability=probability)
-        assert env.unwrapped.ale.getFloat("repeat_action_probability") == probability
-    default = make_env("PongNoFrameskip-v4")
-    assert default.unwrapped.ale.getFloat("repeat_action_probability") == 0
+def test_sticky_actions_change_the_game_and_depend_on_the_seed_alone():
     sticky = first_observations(0.25, seed=SEED)
     np.testing.assert_array_equal(sticky, first_observations(0.25, seed=SEED))
     assert not np.array_equal(sticky, first_observations(0.0, seed=SEED))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25])
+def test_each_frame_repeats_the_last_action_with_that_probability(monkeypatch, probability):
+    env = make_env("PongNoFrameskip-v4", probability)
+    env.reset(seed=SEED)
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0  # or it would be sticky twice
+    frames, step = [], AtariEnv.step
+
+    def recording_step(self, action):
+        frames.append(action)
+        return step(self, action)
+
+    monkeypatch.setattr(AtariEnv, "step", recording_step)
+    for index in range(1500):
+        if env.step(2 + index % 2)[2]:  # another action than before
+            break
+    played = np.array(frames[: 4 * index]).reshape(index, 4)
+    chosen = np.repeat(2 + np.arange(index) % 2, 4).reshape(index, 4)
+    is_old = (played != chosen)[1:]
+    # Old in frame k if it was repeated k times in a row.
+    expected = probability ** np.arange(1, 5)
+    np.testing.assert_allclose(is_old.mean(axis=0), expected, atol=0.04)
+    assert len(is_old) > 500
 
 
 def test_a_game_is_cut_off_after_max_game_frames():
