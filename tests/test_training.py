@@ -270,10 +270,10 @@ def test_the_first_game_of_each_evaluation_is_recorded(train, scalar_student):
 
 def test_tracking_starts_before_the_first_event_is_written(script, train, monkeypatch):
     calls = mock.Mock()
-    calls.EventWriter.side_effect = InterruptedError
+    calls.EventWriter.side_effect = RuntimeError("far enough")
     monkeypatch.setattr(script.module, "start_tracking", calls.start_tracking)
     monkeypatch.setattr(script.module, "EventWriter", calls.EventWriter)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(RuntimeError, match="far enough"):
         train("tracked", track=True, wandb_project_name="project", wandb_entity="team")
     (_, (name, project, entity, options), _), (_, (run_folder, mirror), _) = calls.method_calls
     assert run_folder.name == name
@@ -498,7 +498,7 @@ def test_the_teacher_is_fetched_by_its_published_name(script, monkeypatch, optio
     default_name = {TORCH: "dqn_atari", JAX: "dqn_atari_jax"}[script]
     download = mock.Mock(side_effect=InterruptedError)
     monkeypatch.setattr(script.module, "download", download)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(RuntimeError, match="far enough"):
         script.module.load_teacher(tiny(script, teacher_model_path=None, **options), 6, None)
     download.assert_called_once_with(*(part and part.format(default_name) for part in expected))
 
@@ -516,7 +516,7 @@ def test_the_buffer_size_that_is_advised_fits_when_the_steps_bound_the_buffer(sc
     with pytest.raises(SystemExit, match="GB more host memory") as stop:
         script.module.main(args)
     advised = int(re.search(r"use --buffer-size (\d+)", str(stop.value)).group(1))
-    with pytest.raises(InterruptedError):
+    with pytest.raises(RuntimeError, match="far enough"):
         script.module.main(dataclasses.replace(args, buffer_size=advised))
 
 
