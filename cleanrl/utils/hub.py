@@ -76,6 +76,8 @@ def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
                 outcome["error"] = TimeoutError(f"nothing arrived for {patience_s} s")
                 break
 
+    if thread.is_alive():
+        hub_logging.set_verbosity(logging.CRITICAL)  # it retries until the process ends, and must not say so
     if error := outcome.get("error"):
         where = f"{filename} from {repo_id}" + (f" at revision {revision}" if revision else "")
         message = f"error: cannot download {where}: {_explain(error, repo_id)}; or {LOCAL_TEACHER}."
