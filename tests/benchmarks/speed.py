@@ -132,13 +132,17 @@ def summarize(
     return table
 
 
+def to_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def to_markdown(table: dict[str, dict[str, Cell]], measures: dict[str, Measure]) -> str:
     """Cells as `median, ratio, share of the limit`."""
     lines = [f"| | {' | '.join(PROGRAMS.values())} |", "|---|---|---|---|"]
     for name, row in table.items():
         cells = []
         for program, cell in row.items():
-            parts = [f"{cell.median:,.0f}" if cell.median >= 100 else f"{cell.median:.3g}"]
+            parts = [to_text(cell.median)]
             parts += [f"**{cell.ratio:.3g}×**"] if program != "baseline" else []
             parts += [f"{cell.share:.0%}"] if cell.share is not None else []
             cells.append(", ".join(parts))
@@ -207,7 +211,7 @@ def draw_chart(table: dict[str, dict[str, Cell]], measures: dict[str, Measure], 
         bars = axes.bar(
             positions, [row[program].ratio for row in table.values()], 0.38, label=PROGRAMS[program]
         )
-        axes.bar_label(bars, [f"{row[program].median:,.3g}" for row in table.values()], fontsize=8)
+        axes.bar_label(bars, [to_text(row[program].median) for row in table.values()], fontsize=8)
     axes.axhline(1, color="black", linewidth=1, label="baseline")
     labels = [f"{name}\n({measures[name].unit})" for name in table]
     axes.set_xticks(range(len(table)), labels)
