@@ -496,7 +496,7 @@ for script in (cleanrl.qdagger_dqn_atari_impalacnn, cleanrl.qdagger_dqn_atari_ja
 )
 def test_the_teacher_is_fetched_by_its_published_name(script, monkeypatch, options, expected):
     default_name = {TORCH: "dqn_atari", JAX: "dqn_atari_jax"}[script]
-    download = mock.Mock(side_effect=InterruptedError)
+    download = mock.Mock(side_effect=RuntimeError("far enough"))
     monkeypatch.setattr(script.module, "download", download)
     with pytest.raises(RuntimeError, match="far enough"):
         script.module.load_teacher(tiny(script, teacher_model_path=None, **options), 6, None)
@@ -511,7 +511,7 @@ def test_nonsense_ends_the_command_with_status_1_and_one_line(script, tmp_path):
 
 def test_the_buffer_size_that_is_advised_fits_when_the_steps_bound_the_buffer(script, monkeypatch):
     monkeypatch.setattr("cleanrl.utils.memory.available_host_memory", lambda: 10 * 10**9)
-    monkeypatch.setattr(script.module, "load_teacher", mock.Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(script.module, "load_teacher", mock.Mock(side_effect=RuntimeError("far enough")))
     args = tiny(script, buffer_size=10**9, teacher_steps=10**7, buffer_device="cpu")
     with pytest.raises(SystemExit, match="GB more host memory") as stop:
         script.module.main(args)
