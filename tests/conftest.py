@@ -1,6 +1,9 @@
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Before any test module imports PyTorch: see the training script.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -14,3 +17,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors so small that PyTorch's threads only wait for each other."""
+    import torch  # not before the variables above are set
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

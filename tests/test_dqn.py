@@ -255,6 +255,8 @@ class JaxScript:
         return recorded
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TORCH, JAX = TorchScript(), JaxScript()
 Script = TorchScript | JaxScript
 
@@ -269,15 +271,6 @@ def same_environment():
     """The JAX script sets XLA's variables when it starts; here, it starts many times in one process."""
     with mock.patch.dict(os.environ):
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Most of these tensors are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(folder: Path, *command: str, **settings: str) -> tuple[int, str, str]:

@@ -154,6 +154,8 @@ class JaxScripts:
         return {name: np.asarray(values)[: len(slots)] for name, values in batch._asdict().items()}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TORCH, JAX = TorchScripts(), JaxScripts()
 Scripts = TorchScripts | JaxScripts
 
@@ -168,15 +170,6 @@ def same_environment():
     """The JAX scripts set XLA's variables when they start; here, they start many times in one process."""
     with mock.patch.dict(os.environ):
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)
