@@ -23,7 +23,9 @@ EXTRAS_OF_FILE = {
     "jax": ["jax"],
     "jax-cuda": ["jax", "jax-cuda"],
     "track": ["track"],
-    "tests": ["atari", "jax", "tests"],
+    "cloud": ["cloud"],
+    "report": ["report"],
+    "tests": ["atari", "jax", "track", "cloud", "report", "docs", "tests"],
     "docs": ["docs"],
 }
 CUDA_BUILD = re.compile(r"nvidia-|cuda-|triton$")
