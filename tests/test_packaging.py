@@ -21,7 +21,9 @@ EXTRAS = {
     "jax": ["jax"],
     "jax-cuda": ["jax", "jax-cuda"],
     "track": ["track"],
-    "tests": ["atari", "jax", "tests"],
+    "cloud": ["cloud"],
+    "report": ["report"],
+    "tests": ["atari", "jax", "track", "cloud", "report", "docs", "tests"],
     "docs": ["docs"],
 }
 CUDA = re.compile(r"nvidia-|cuda-|triton|jax-cuda")
