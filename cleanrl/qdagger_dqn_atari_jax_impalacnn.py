@@ -198,19 +198,28 @@ class NoopReset(gym.Wrapper):
 
 
 class MaxAndSkip(gym.Wrapper):
-    """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker."""
+    """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker.
+
+    Frames are the emulator's own grey ones, uint8 (height, width), and only those that are shown are drawn.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.last_frames = np.zeros((2, *env.observation_space.shape), dtype=np.uint8)
+        height, width = self.unwrapped.ale.getScreenDims()
+        self.observation_space = gym.spaces.Box(0, 255, (height, width), np.uint8)
+        self.last_frames = np.zeros((2, height, width), dtype=np.uint8)
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        return self.unwrapped.ale.getScreenGrayscale(), info
 
     def step(self, action):
         total_reward = 0.0
         for frame in range(4):
-            observation, reward, terminated, truncated, info = self.env.step(action)
+            _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
             if frame >= 2:
-                self.last_frames[frame - 2] = observation
+                self.unwrapped.ale.getScreenGrayscale(self.last_frames[frame - 2])
             if terminated or truncated:
                 break
         return self.last_frames.max(axis=0), total_reward, terminated, truncated, info
@@ -300,7 +309,7 @@ def make_env(
     cv2.setNumThreads(1)  # the workers are the parallelism
     env = gym.make(
         env_id,
-        obs_type="grayscale",  # converted by ALE: half the time of colour frames
+        obs_type="ram",  # the screen is drawn where it is shown: half the frames
         repeat_action_probability=0.0,  # ALE's own sticky actions are not in the state that it can save
         max_num_frames_per_episode=max_game_frames,
         render_mode="rgb_array" if video_folder else None,
