@@ -1,4 +1,4 @@
-"""What is known of the Atari games: their ids, their actions, the random player's scores."""
+"""What is known of the Atari games: ids, actions, the scores of the random player and of a human."""
 
 import difflib
 import re
@@ -68,6 +68,68 @@ RANDOM_SCORES = {
     "WizardOfWor": 563.5,
     "YarsRevenge": 3092.9,
     "Zaxxon": 32.5,
+}
+
+# Mean return of a professional human tester (Wang et al., 2016, "Dueling Network Architectures for Deep
+# Reinforcement Learning", its table for starts with no-ops), the field's usual 1 of human-normalised scores.
+# VideoPinball is left out: that table goes with a random player's 16,256.9 there, not with the 0 above.
+HUMAN_SCORES = {
+    "Alien": 7127.7,
+    "Amidar": 1719.5,
+    "Assault": 742.0,
+    "Asterix": 8503.3,
+    "Asteroids": 47388.7,
+    "Atlantis": 29028.1,
+    "BankHeist": 753.1,
+    "BattleZone": 37187.5,
+    "BeamRider": 16926.5,
+    "Berzerk": 2630.4,
+    "Bowling": 160.7,
+    "Boxing": 12.1,
+    "Breakout": 30.5,
+    "Centipede": 12017.0,
+    "ChopperCommand": 7387.8,
+    "CrazyClimber": 35829.4,
+    "Defender": 18688.9,
+    "DemonAttack": 1971.0,
+    "DoubleDunk": -16.4,
+    "Enduro": 860.5,
+    "FishingDerby": -38.7,
+    "Freeway": 29.6,
+    "Frostbite": 4334.7,
+    "Gopher": 2412.5,
+    "Gravitar": 3351.4,
+    "Hero": 30826.4,
+    "IceHockey": 0.9,
+    "Jamesbond": 302.8,
+    "Kangaroo": 3035.0,
+    "Krull": 2665.5,
+    "KungFuMaster": 22736.3,
+    "MontezumaRevenge": 4753.3,
+    "MsPacman": 6951.6,
+    "NameThisGame": 8049.0,
+    "Phoenix": 7242.6,
+    "Pitfall": 6463.7,
+    "Pong": 14.6,
+    "PrivateEye": 69571.3,
+    "Qbert": 13455.0,
+    "Riverraid": 17118.0,
+    "RoadRunner": 7845.0,
+    "Robotank": 11.9,
+    "Seaquest": 42054.7,
+    "Skiing": -4336.9,
+    "Solaris": 12326.7,
+    "SpaceInvaders": 1668.7,
+    "StarGunner": 10250.0,
+    "Surround": 6.5,
+    "Tennis": -8.3,
+    "TimePilot": 5229.2,
+    "Tutankham": 167.6,
+    "UpNDown": 11693.2,
+    "Venture": 1187.5,
+    "WizardOfWor": 4756.5,
+    "YarsRevenge": 54576.9,
+    "Zaxxon": 9173.3,
 }
 
 

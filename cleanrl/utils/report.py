@@ -1,0 +1,99 @@
+"""Makes a report of finished runs: tables, learning curves, QDagger beside DQN, figures over all games.
+
+    python -m cleanrl.utils.report runs/ --output report
+
+It is a folder with PNG files, report.md, and report.html, a page that needs nothing beside it. docs/report.md
+says what each number is.
+"""
+
+import importlib.util
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from cleanrl.utils.arguments import refuse
+from cleanrl.utils.interrupts import exit_on_ctrl_c
+from cleanrl.utils.report_runs import find_runs
+
+REPORT_FILES = re.compile(r"report\.(html|md)|over-all-games\.png|(curves|comparison)-.+\.png")
+REQUIREMENTS = "requirements/requirements-report.txt"
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, or folders above them"""
+    output: Path = Path("report")
+    """folder for the report: a new one, or that of an older report, which is replaced"""
+    include_unfinished: bool = False
+    """use runs that are not finished too"""
+    last_games: int = 10
+    """games at the end of a run whose mean return is its score, and whose mean the curves show"""
+    bootstrap_samples: int = 2000
+    """resamples for each interval"""
+    bootstrap_seed: int = 1
+    """seed of the resampling"""
+
+
+def check_arguments(args: Args) -> None:
+    """Raises SystemExit with one line that says what to do."""
+    for name, least in (("last_games", 1), ("bootstrap_samples", 1), ("bootstrap_seed", 0)):
+        if getattr(args, name) < least:
+            refuse(name, getattr(args, name), f"must be at least {least}")
+    if not args.runs:
+        raise SystemExit(
+            "error: name at least one folder of runs, as in: python -m cleanrl.utils.report runs/"
+        )
+    for package in ("matplotlib", "rliable"):
+        if not importlib.util.find_spec(package):
+            raise SystemExit(f"error: a report needs {package}: pip install -r {REQUIREMENTS}")
+    check_output(args.output)
+
+
+def check_output(folder: Path) -> None:
+    """Raises SystemExit with one line if there is something there that is no report."""
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if not REPORT_FILES.fullmatch(path.name))
+        if others:
+            refuse("output", folder, f"holds {others[0]}, which is no part of a report; name another folder")
+    elif folder.exists():
+        refuse("output", folder, "is a file; name a folder")
+
+
+def main(args: Args) -> None:
+    check_arguments(args)
+    found = find_runs(args.runs, args.include_unfinished)
+    for folder, reason in found.left_out:
+        print(f"left out: {folder}: {reason}", file=sys.stderr)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not found.runs:
+        names = ", ".join(map(str, args.runs))
+        hint = f"all {len(found.left_out)} were left out" if found.left_out else "there is no run"
+        raise SystemExit(f"error: no run in {names} can be used: {hint}")
+
+    from cleanrl.utils.report_content import write_report  # which needs the packages that were looked for
+
+    try:
+        output = args.output.resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as work:
+            new = Path(work) / "new"
+            new.mkdir()
+            write_report(new, found, args)
+            check_output(args.output)  # again: reading many runs takes minutes
+            if output.exists():
+                output.rename(Path(work) / "old")
+            new.rename(output)
+    except OSError as error:
+        raise SystemExit(f"error: --output {args.output} cannot be written ({error.strerror})") from None
+    print(f"report: {args.output / 'report.html'}, of {len(found.runs)} runs; {len(found.left_out)} left out")
+
+
+if __name__ == "__main__":
+    exit_on_ctrl_c()
+    main(tyro.cli(Args))

@@ -1,0 +1,195 @@
+"""What runs come to together: scores, mean curves, interquartile means, probabilities of improvement."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cleanrl.utils.report_runs import GAMES, Curve, RunResults
+
+CONFIDENCE = 0.95
+CURVE_POINTS = 500
+
+
+class Group(NamedTuple):
+    """The runs of one experiment on one game."""
+
+    game: str
+    experiment: str
+    runs: list[RunResults]
+
+
+class Spread(NamedTuple):
+    mean: float
+    """over runs"""
+    std: float | None
+    """their sample standard deviation (n − 1), which one run does not have"""
+
+    def __str__(self) -> str:
+        return to_text(self.mean) + (f" ± {to_text(self.std)}" if self.std is not None else "")
+
+
+class Estimate(NamedTuple):
+    value: float
+    interval: tuple[float, float] | None
+    """bounds of its bootstrap interval, if there are enough runs for one"""
+
+    def __str__(self) -> str:
+        bounds = f" [{to_text(self.interval[0])}, {to_text(self.interval[1])}]" if self.interval else ""
+        return to_text(self.value) + bounds
+
+
+class MeanCurve(NamedTuple):
+    steps: np.ndarray
+    """int64 (n,)"""
+    means: np.ndarray
+    """float64 (n,): over runs"""
+    stds: np.ndarray | None
+    """float64 (n,): their sample standard deviations; None for one run"""
+
+
+def to_text(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def group_runs(runs: Iterable[RunResults]) -> list[Group]:
+    """Sorted by game, then by experiment."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.game, run.exp_name].append(run)
+    return [Group(*key, of_group) for key, of_group in sorted(groups.items())]
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None for no values."""
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def over_runs(runs: Iterable[RunResults], number: Callable[[RunResults], float | None]) -> list[float]:
+    """A number of each run that has it."""
+    return [value for value in map(number, runs) if value is not None]
+
+
+def score(run: RunResults, last_games: int) -> float | None:
+    """The mean return of the last games that a run finished online, or of all if they are fewer."""
+    returns = run.curves[GAMES].values[-last_games:]
+    return float(returns.mean()) if len(returns) else None
+
+
+def mean_value(run: RunResults, tag: str) -> float | None:
+    """The mean of all points of a curve."""
+    return float(run.curves[tag].values.mean()) if run.has(tag) else None
+
+
+def trailing_means(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and the `window` − 1 before it, or of as many as there are."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def mean_curve(curves: Sequence[Curve], last_steps: Sequence[int]) -> MeanCurve | None:
+    """The mean over runs, where each has a value: from its first point on; a point holds until the next.
+
+    Args:
+        curves: one of each run, not empty.
+        last_steps: where each run's last value ceases to hold.
+
+    Returns:
+        At most CURVE_POINTS points; None if there is no such step, or no curve.
+    """
+    if not curves:
+        return None
+    first, last = max(curve.steps[0] for curve in curves), min(last_steps)
+    steps = np.unique(np.concatenate([*(curve.steps for curve in curves), [last]]))
+    steps = steps[(steps >= first) & (steps <= last)]
+    if len(steps) == 0:
+        return None
+    if len(steps) > CURVE_POINTS:
+        steps = steps[np.linspace(0, len(steps) - 1, CURVE_POINTS).round().astype(int)]
+    values = np.stack([curve.values[np.searchsorted(curve.steps, steps, "right") - 1] for curve in curves])
+    return MeanCurve(steps, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None)
+
+
+def online_curve(
+    runs: Sequence[RunResults], last_games: int, shift: Callable[[RunResults], int]
+) -> MeanCurve | None:
+    """The mean over runs of the mean return of the last games; `shift` moves each run's steps."""
+    runs = [run for run in runs if run.has(GAMES)]
+    curves = [
+        Curve(run.curves[GAMES].steps + shift(run), trailing_means(run.curves[GAMES].values, last_games))
+        for run in runs
+    ]
+    return mean_curve(curves, [run.last_step + shift(run) for run in runs])
+
+
+def normalise(
+    scores: dict[str, np.ndarray], zeros: dict[str, float], ones: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """Scores by game, so that `zeros` become 0 and `ones` 1; only of the games that both know."""
+    return {
+        game: (of_game - zeros[game]) / (ones[game] - zeros[game])
+        for game, of_game in scores.items()
+        if game in zeros and game in ones
+    }
+
+
+def interquartile_mean(*samples: np.ndarray) -> float:
+    """The mean of all runs of all games without a quarter of them at either end.
+
+    Args:
+        samples: of each game, the scores of its runs (runs,).
+    """
+    from rliable import metrics
+
+    return float(metrics.aggregate_iqm(np.concatenate(samples)))
+
+
+def improvement_probability(*samples: np.ndarray) -> float:
+    """The probability that a run of X scores higher than one of Y, a tie being a half; the mean over games.
+
+    Args:
+        samples: the scores of X's runs of a game (runs,), those of Y's, those of X's of the next game, …
+    """
+    from rliable import metrics
+
+    pairs = zip(samples[::2], samples[1::2], strict=True)
+    return statistics.fmean(
+        metrics.probability_of_improvement(of_x[:, None], of_y[:, None]) for of_x, of_y in pairs
+    )
+
+
+def estimate(
+    statistic: Callable[..., float], samples: Sequence[np.ndarray], num_resamples: int, seed: int
+) -> Estimate:
+    """A statistic with the percentiles of what it is when the runs of each sample are drawn anew from it.
+
+    That is rliable's stratified bootstrap. SciPy's is used, as rliable draws from NumPy's global generator
+    whatever seed it is given, and as arch 7.2, which its bootstrap needs, fails to import beside pandas 3.
+
+    Args:
+        statistic: takes the samples.
+        samples: scores of runs (runs,). One that is a single run leaves nothing to draw: no interval then.
+        num_resamples: how often they are drawn.
+        seed: of the draws.
+    """
+    from scipy import stats
+
+    value = statistic(*samples)
+    if min(len(sample) for sample in samples) < 2:
+        return Estimate(value, None)
+    result = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=num_resamples,
+        vectorized=False,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=seed,
+    )
+    return Estimate(value, (float(result.confidence_interval.low), float(result.confidence_interval.high)))
