@@ -73,8 +73,8 @@ def main(args: Args) -> None:
         print(f"note: {note}", file=sys.stderr)
     if not found.runs:
         names = ", ".join(map(str, args.runs))
-        hint = f"all {len(found.left_out)} were left out" if found.left_out else "there is no run"
-        raise SystemExit(f"error: no run in {names} can be used: {hint}")
+        reason = f"{len(found.left_out)} left out" if found.left_out else "there is none"
+        raise SystemExit(f"error: no run in {names} can be used: {reason}")
 
     from cleanrl.utils.report_content import write_report  # which needs the packages that were looked for
 
@@ -91,7 +91,8 @@ def main(args: Args) -> None:
             new.rename(output)
     except OSError as error:
         raise SystemExit(f"error: --output {args.output} cannot be written ({error.strerror})") from None
-    print(f"report: {args.output / 'report.html'}, of {len(found.runs)} runs; {len(found.left_out)} left out")
+    runs = f"{len(found.runs)} run" + ("s" if len(found.runs) > 1 else "")
+    print(f"report: {args.output / 'report.html'}, of {runs}; {len(found.left_out)} left out")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def write_report(folder: Path, found: Found, args: Any) -> None:
 
 def summary(groups: Sequence[Group], found: Found) -> Paragraph:
     text = (
-        f"{count(len(found.runs), 'run')} of {count(len(styles_of(groups)), 'experiment')} on "
+        f"{count(len(found.runs), 'run')} of {count(len(looks_of(groups)), 'experiment')} on "
         f"{count(len({group.game for group in groups}), 'game')}."
     )
     if found.left_out:
@@ -96,9 +96,9 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
-def styles_of(groups: Iterable[Group]) -> dict[str, int]:
+def looks_of(groups: Iterable[Group]) -> dict[str, int]:
     """A number for each experiment, so that it looks the same in every picture."""
-    return {name: style for style, name in enumerate(sorted({group.experiment for group in groups}))}
+    return {name: look for look, name in enumerate(sorted({group.experiment for group in groups}))}
 
 
 # ------------------------------------------------------------------------------------------------- table
@@ -152,19 +152,19 @@ def teacher_return(runs: Iterable[RunResults]) -> float | None:
 
 def learning_curves(groups: Sequence[Group], last_games: int, folder: Path) -> list[Block]:
     """Draws every game's, and QDagger beside DQN where there are both."""
-    styles = styles_of(groups)
+    looks = looks_of(groups)
     curves, comparisons = [], []
     for game in sorted({group.game for group in groups}):
         of_game = [group for group in groups if group.game == game]
         runs = [run for group in of_game for run in group.runs]
-        levels = teacher_levels(of_game, styles)
+        levels = teacher_levels(of_game, looks)
         picture = Picture(f"curves-{game}.png", f"Learning curves on {game}")
         draw_curves(
             folder / picture.file_name,
             f"{game}: learning curves",
             "offline gradient steps, then environment steps (of 4 frames)",
             last_games,
-            [plotted_series(group, last_games, styles[group.experiment]) for group in of_game],
+            [plotted_series(group, last_games, looks[group.experiment]) for group in of_game],
             levels,
             shade("offline phase", [run.offline_steps for run in runs]),
         )
@@ -176,7 +176,7 @@ def learning_curves(groups: Sequence[Group], last_games: int, folder: Path) -> l
                 f"{game}: QDagger beside DQN from nothing",
                 "environment steps (of 4 frames), those that the teacher played included",
                 last_games,
-                [environment_series(group, last_games, styles[group.experiment]) for group in of_game],
+                [environment_series(group, last_games, looks[group.experiment]) for group in of_game],
                 levels,
                 shade("the teacher plays", [run.teacher_steps for run in runs]),
             )
@@ -189,54 +189,54 @@ def learning_curves(groups: Sequence[Group], last_games: int, folder: Path) -> l
     blocks = [Heading(2, "Learning curves"), Paragraph(explanation), *curves]
     if comparisons:
         explanation = (
-            "Over environment steps: those in which QDagger's teacher played to fill the buffer, then those of"
-            " the online phase. The offline phase takes none, so its last evaluation stands where the online"
-            " phase begins. Evaluations are not counted, nor are the steps in which the teacher was trained"
-            " and may have saved its replay."
+            "Over environment steps: those in which QDagger's teacher played to fill the buffer, then those"
+            " of the online phase. The offline phase takes none, so its last evaluation stands where the"
+            " online phase begins. Evaluations are not counted, nor are the steps in which the teacher was"
+            " trained and may have saved its replay."
         )
         blocks += [Heading(2, "QDagger beside DQN from nothing"), Paragraph(explanation), *comparisons]
     return blocks
 
 
-def plotted_series(group: Group, last_games: int, style: int) -> Series:
+def plotted_series(group: Group, last_games: int, look: int) -> Series:
     """Over the step as it is plotted."""
     offline = [run.curves[OFFLINE] for run in group.runs if run.has(OFFLINE)]
-    return series(group, last_games, style, offline, lambda run: 0)
+    return series(group, last_games, look, offline, lambda run: 0)
 
 
-def environment_series(group: Group, last_games: int, style: int) -> Series:
+def environment_series(group: Group, last_games: int, look: int) -> Series:
     """Over environment steps, with the end of the offline phase where the teacher's play ends."""
     offline = [
         Curve(np.array([run.teacher_steps]), run.curves[OFFLINE].values[-1:])
         for run in group.runs
         if run.has(OFFLINE)
     ]
-    return series(group, last_games, style, offline, lambda run: run.teacher_steps - run.offline_steps)
+    return series(group, last_games, look, offline, lambda run: run.teacher_steps - run.offline_steps)
 
 
 def series(
-    group: Group, last_games: int, style: int, offline: list[Curve], shift: Callable[[RunResults], int]
+    group: Group, last_games: int, look: int, offline: list[Curve], shift: Callable[[RunResults], int]
 ) -> Series:
     final = spread(over_runs(group.runs, partial(mean_value, tag=EVALUATION)))
     return Series(
         f"{group.experiment}, {count(len(group.runs), 'seed')}",
-        style,
+        look,
         online_curve(group.runs, last_games, shift),
         mean_curve(offline, [curve.steps[-1] for curve in offline]),
         (max(run.last_step + shift(run) for run in group.runs), final) if final else None,
     )
 
 
-def teacher_levels(groups: Sequence[Group], styles: dict[str, int]) -> list[Level]:
+def teacher_levels(groups: Sequence[Group], looks: dict[str, int]) -> list[Level]:
     """One line for all experiments if their teachers' returns are the same, else one in each's colour."""
     returns = {group.experiment: teacher_return(group.runs) for group in groups}
     levels = [
-        Level(f"teacher, {to_text(value)}", value, styles[experiment])
+        Level(f"teacher, {to_text(value)}", value, looks[experiment])
         for experiment, value in returns.items()
         if value is not None
     ]
     if len({level.label for level in levels}) == 1:
-        return [levels[0]._replace(style=None)]
+        return [levels[0]._replace(look=None)]
     return levels
 
 
@@ -262,10 +262,10 @@ def over_all_games(groups: Sequence[Group], args: Any, folder: Path) -> list[Blo
         return [heading, Paragraph("No run has finished a game in training, so there is nothing to compare.")]
     units = {"human-normalised": HUMAN_SCORES, "random-normalised": teachers_above_random(groups)}
     interval = partial(estimate, num_resamples=args.bootstrap_samples, seed=args.bootstrap_seed)
-    means_table, panels = interquartile_means(scores, units, interval, styles_of(groups))
+    means_table, panels = interquartile_means(scores, units, interval, looks_of(groups))
     qdagger = {group.experiment for group in groups if any(run.is_qdagger for run in group.runs)}
     pairs = list(combinations(sorted(scores, key=lambda name: (name not in qdagger, name)), 2))
-    pairs_table, panel = improvements(scores, pairs, interval, styles_of(groups))
+    pairs_table, panel = improvements(scores, pairs, interval, looks_of(groups))
     blocks = [heading, means_table]
     if panel.rows:
         blocks.append(pairs_table)
@@ -300,7 +300,7 @@ def teachers_above_random(groups: Iterable[Group]) -> dict[str, float]:
 
 
 def interquartile_means(
-    scores: Scores, units: dict[str, dict[str, float]], interval: Interval, styles: dict[str, int]
+    scores: Scores, units: dict[str, dict[str, float]], interval: Interval, looks: dict[str, int]
 ) -> tuple[Table, list[Panel]]:
     rows = {
         experiment: [
@@ -316,7 +316,7 @@ def interquartile_means(
             normalised = normalise(of_games, RANDOM_SCORES, unit)
             if normalised:
                 mean = interval(interquartile_mean, list(normalised.values()))
-                panel.rows.append((experiment, mean, styles[experiment]))
+                panel.rows.append((experiment, mean, looks[experiment]))
             rows[experiment].append(str(mean) if normalised else NONE)
         if panel.rows:
             panels.append(panel)
@@ -324,7 +324,7 @@ def interquartile_means(
 
 
 def improvements(
-    scores: Scores, pairs: Sequence[tuple[str, str]], interval: Interval, styles: dict[str, int]
+    scores: Scores, pairs: Sequence[tuple[str, str]], interval: Interval, looks: dict[str, int]
 ) -> tuple[Table, Panel]:
     """Of the pairs that share a game, on the games that they share."""
     table = Table(["X", "Y", "games", "P(X > Y)"], [])
@@ -335,7 +335,7 @@ def improvements(
             samples = [scores[experiment][game] for game in shared for experiment in (x, y)]
             probability = interval(improvement_probability, samples)
             table.rows.append([x, y, ", ".join(shared), str(probability)])
-            panel.rows.append((f"{x}\n> {y}", probability, styles[x]))
+            panel.rows.append((f"{x}\n> {y}", probability, looks[x]))
     return table, panel
 
 

@@ -45,7 +45,7 @@ PAGE = """<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {{
   :root {{ --text: #e4e4e4; --page: #16181c; --line: #44474d; --head: #24272d; }}
 }}
-body {{ margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: var(--text); background: var(--page);
+body {{ margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: var(--text); background: var(--page);
   font: 16px/1.5 system-ui, sans-serif; }}
 p, ul {{ max-width: 50rem; }}
 .table {{ overflow-x: auto; }}

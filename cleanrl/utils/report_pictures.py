@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,6 +30,7 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
+    "text.parse_math": False,  # a name may hold a $
 }
 DPI = 120
 HALO = [withStroke(linewidth=3, foreground="white")]
@@ -41,7 +42,7 @@ class Series(NamedTuple):
     """An experiment in a picture."""
 
     label: str
-    style: int
+    look: int
     """which colour and line"""
     online: MeanCurve | None
     offline: MeanCurve | None
@@ -55,7 +56,7 @@ class Level(NamedTuple):
 
     label: str
     value: float
-    style: int | None
+    look: int | None
     """that of the experiment whose teacher it is; None: the teacher of all"""
 
 
@@ -78,12 +79,12 @@ class Panel(NamedTuple):
 
     title: str
     rows: list[tuple[str, Estimate, int]]
-    """label, estimate, style"""
+    """label, estimate, look"""
     is_probability: bool
 
 
-def color_of(style: int | None) -> str:
-    return GREY if style is None else COLORS[style % len(COLORS)]
+def color_of(look: int | None) -> str:
+    return GREY if look is None else COLORS[look % len(COLORS)]
 
 
 def draw_curves(
@@ -96,19 +97,19 @@ def draw_curves(
     shade: Shade | None,
 ) -> None:
     """Returns over steps: of each experiment the mean curve with its band, evaluations as dots."""
-    with matplotlib.rc_context(STYLE):
+    with style.context(("default", STYLE)):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(9.5, 5), layout="constrained")
         axes = figure.subplots()
         if shade:
             axes.axvspan(0, shade.last_step, color="#eeeeee", zorder=0, linewidth=0)
         ends = []
         for level in levels:
-            axes.axhline(level.value, linestyle="--", linewidth=1.2, color=color_of(level.style))
-            ends.append(End(math.inf, level.value, level.label, color_of(level.style)))
+            axes.axhline(level.value, linestyle="--", linewidth=1.2, color=color_of(level.look))
+            ends.append(End(math.inf, level.value, level.label, color_of(level.look)))
         for one in series:
             end = draw_series(axes, one)
             if end:
-                ends.append(End(*end, one.label, color_of(one.style)))
+                ends.append(End(*end, one.label, color_of(one.look)))
         axes.set(title=title, xlabel=x_label, ylabel="return of a game")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -120,7 +121,7 @@ def draw_curves(
 
 def draw_series(axes: Axes, one: Series) -> tuple[float, float] | None:
     """Draws an experiment; returns where its last mark is."""
-    color, line = color_of(one.style), LINES[one.style // len(COLORS) % len(LINES)]
+    color, line = color_of(one.look), LINES[one.look // len(COLORS) % len(LINES)]
     end = None
     if one.offline:
         axes.errorbar(
@@ -220,15 +221,15 @@ def draw_key(
 
 def draw_estimates(path: Path, panels: Sequence[Panel]) -> None:
     """Estimates with their intervals, in panels one above the other."""
-    with matplotlib.rc_context(STYLE):
+    with style.context(("default", STYLE)):
         num_lines = [sum(1 + label.count("\n") for label, _, _ in panel.rows) for panel in panels]
         figure = Figure(figsize=(9.5, 0.8 * len(panels) + 0.32 * sum(num_lines)), layout="constrained")
         all_axes = figure.subplots(
             len(panels), squeeze=False, height_ratios=[1 + lines for lines in num_lines]
         )
         for axes, panel in zip(all_axes[:, 0], panels, strict=True):
-            for row, (_, one, style) in enumerate(panel.rows):
-                color = color_of(style)
+            for row, (_, one, look) in enumerate(panel.rows):
+                color = color_of(look)
                 if one.interval:
                     axes.plot(
                         one.interval, (row, row), color=color, linewidth=7, alpha=0.3, solid_capstyle="butt"

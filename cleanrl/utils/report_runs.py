@@ -122,6 +122,7 @@ def find_runs(paths: Iterable[Path], include_unfinished: bool) -> Found:
             (run.folder, f"the same game, experiment and seed as {runs[0].folder}, which counts")
             for run in runs[1:]
         ]
+    found.left_out.sort()
     for run in found.runs:
         found.notes += [f"{run.folder}: {fault}" for fault in [run.unfinished, *run.faults] if fault]
     found.notes += differing_options(found.runs)
@@ -222,7 +223,9 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
             for value in event.summary.value:
                 if value.tag in points:
                     if not math.isfinite(value.simple_value):
-                        raise UnusableError(f"damaged: {value.tag} is {value.simple_value} at {event.step}")
+                        raise UnusableError(
+                            f"damaged: {value.tag} is {value.simple_value} at step {event.step}"
+                        )
                     points[value.tag].append((event.step, value.simple_value))
                 elif value.tag == OPTIONS:
                     for text in value.tensor.string_val:
