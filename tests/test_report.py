@@ -1,6 +1,7 @@
 """Reports of runs whose numbers were computed by hand; the event files are mostly torch's SummaryWriter's."""
 
 import base64
+import dataclasses
 import errno
 import re
 import subprocess
@@ -325,6 +326,13 @@ def test_a_resumed_run_is_its_files_together(tmp_path):
     assert (found.env_id, found.exp_name, found.seed, found.last_step) == ("PongNoFrameskip-v4", "dqn", 1, 40)
 
 
+def test_points_of_a_newer_writer_are_read(tmp_path):
+    run = write_run(tmp_path, evaluation=(5.0,))
+    with SummaryWriter(str(run)) as writer:
+        writer.add_scalar(EVALUATION, 0.5, 1, new_style=True)
+    assert read_run(run, include_unfinished=False).curves[EVALUATION].values.tolist() == [5, 0.5]
+
+
 def test_a_file_cut_short_is_read_up_to_there(tmp_path):
     run = write_run(tmp_path, games=[(1, 4.0)], evaluation=(1.0, 2.0, 3.0))
     path = event_file(run)
@@ -524,7 +532,7 @@ def test_pictures_show_every_experiment(pong, name):
 def test_a_run_that_finished_no_game_in_training(tmp_path):
     offline = [(50, 1.0), (100, 2.0)]
     # Between two $ would stand a formula, which this is not.
-    run = write_run(tmp_path / "runs", "q$^$", teacher=9.0, offline=offline, last_step=200, **QDAGGER)
+    run = write_run(tmp_path / "runs", "q$^$q", teacher=9.0, offline=offline, last_step=200, **QDAGGER)
     make(tmp_path / "runs", "--output", tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text("utf-8")
     assert "No run has finished a game in training" in text
@@ -600,6 +608,12 @@ def test_a_package_that_is_missing(one_run, tmp_path, monkeypatch, package):
 )
 def test_numbers_that_make_no_sense(one_run, option, value, demand):
     assert error_of(one_run, f"--{option}", value) == f"error: --{option} {value} must be {demand}"
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(report.Args)[1:], ids=lambda field: field.name)
+def test_every_option_stands_in_the_docs(field):
+    text = (ROOT / "docs" / "report.md").read_text("utf-8")
+    assert f"| `--{field.name.replace('_', '-')}` | {field.default} |" in text
 
 
 @pytest.mark.usefixtures("small_report")

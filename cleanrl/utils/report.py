@@ -90,7 +90,9 @@ def main(args: Args) -> None:
                 output.rename(Path(work) / "old")
             new.rename(output)
     except OSError as error:
-        raise SystemExit(f"error: --output {args.output} cannot be written ({error.strerror})") from None
+        raise SystemExit(
+            f"error: --output {args.output} cannot be written ({error.strerror or error})"
+        ) from None
     runs = f"{len(found.runs)} run" + ("s" if len(found.runs) > 1 else "")
     print(f"report: {args.output / 'report.html'}, of {runs}; {len(found.left_out)} left out")
 

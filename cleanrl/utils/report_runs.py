@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
 
 from cleanrl.utils.checkpoint import MAY_CHANGE, event_files
@@ -222,11 +223,11 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
         for event in read_events(path, faults):
             for value in event.summary.value:
                 if value.tag in points:
-                    if not math.isfinite(value.simple_value):
-                        raise UnusableError(
-                            f"damaged: {value.tag} is {value.simple_value} at step {event.step}"
-                        )
-                    points[value.tag].append((event.step, value.simple_value))
+                    is_simple = value.HasField("simple_value")  # else of TensorFlow's newer writers
+                    number = value.simple_value if is_simple else make_ndarray(value.tensor).item()
+                    if not math.isfinite(number):
+                        raise UnusableError(f"damaged: {value.tag} is {number} at step {event.step}")
+                    points[value.tag].append((event.step, number))
                 elif value.tag == OPTIONS:
                     for text in value.tensor.string_val:
                         rows = OPTION_ROW.findall(text.decode(errors="replace"))
