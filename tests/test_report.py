@@ -224,32 +224,35 @@ def test_over_all_games(tmp_path):
         write_run(
             tmp_path, "q", seed, game="Pong", games=[(200, -20.7 + 35.3 * value)], teacher=-30.0, **QDAGGER
         )
-    for seed, value in enumerate((0, 0.5, 4, 2)):  # q is better in 3 + 2.5 of 6, and equal in one
+    for seed, value in enumerate((0, 0.5, 4, 2)):
         write_run(tmp_path, "dqn", seed, games=[(200, 1.7 + 28.8 * value)])
+    write_run(tmp_path, "dqn", game="Pong", games=[(200, -20.7 + 35.3 * 4)])
     args = parse("--bootstrap-samples", 20)
     _, means, pairs, _, notes = over_all_games(groups_under(tmp_path), args, tmp_path)
     rows = {row[0]: row[1:] for row in means.rows}
     assert rows["q"][0] == "Breakout (4 runs), Pong (4 runs)"
     assert rows["q"][1].startswith("4.50 [")
-    # Pong's teacher is worse than random, so this is of Breakout alone: 0, 2, 4, 6.
+    # Pong's teacher is worse than the random player, so this is of Breakout alone: 0, 2, 4, 6.
     assert rows["q"][2].startswith("3.00 [")
-    assert rows["dqn"][1].startswith("1.25 [")  # (0.5 + 2) / 2
-    # q > dqn: 0: a tie with 0; 1: 0, 0.5; 2: 0, 0.5, a tie with 2; 3: 0, 0.5, 2
-    assert [(row[0], row[1], row[2]) for row in pairs.rows] == [("q", "dqn", "Breakout")]
-    assert pairs.rows[0][3].startswith("0.50 [")
+    assert rows["dqn"][1] == "2.17"  # (0.5 + 2 + 4) / 3; one run of Pong
+    # Breakout: 0 ties with 0; 1 beats 0, 0.5; 2 beats 0, 0.5, ties with 2; 3 beats 0, 0.5, 2. Pong: all.
+    assert pairs.rows == [["q", "dqn", "Breakout, Pong", "0.75"]]
     assert any("fewer than 5 runs" in note for note in notes.items)
-    assert any("not played the same games" in note for note in notes.items)
+    assert any("single run" in note for note in notes.items)
     assert any(note.endswith("better than the random player: Pong.") for note in notes.items)
-    assert not any("single run" in note for note in notes.items)
+    assert not any("not played the same games" in note for note in notes.items)
 
 
 def test_one_run_of_each_has_no_interval(tmp_path):
     write_run(tmp_path, "q", games=[(200, 30.5)], teacher=30.5, **QDAGGER)
     write_run(tmp_path, "dqn", games=[(200, 1.7)])
+    write_run(tmp_path, "dqn", game="Pong", games=[(200, 14.6)])
     _, means, pairs, _, notes = over_all_games(groups_under(tmp_path), parse(), tmp_path)
-    assert [row[2:] for row in means.rows] == [["0.00", "0.00"], ["1.00", "1.00"]]
-    assert [row[3] for row in pairs.rows] == ["1.00"]
+    assert [row[2:] for row in means.rows] == [["0.50", "0.00"], ["1.00", "1.00"]]
+    assert pairs.rows == [["q", "dqn", "Breakout", "1.00"]]
     assert any("single run" in note for note in notes.items)
+    assert any("not played the same games" in note for note in notes.items)
+    assert not any("fewer than 5 runs" in note for note in notes.items)
 
 
 def test_games_without_known_scores_are_named(tmp_path):
@@ -494,7 +497,7 @@ def test_the_report_of_the_kept_runs(pong):
         in markdown
     )
     assert "| Pong | qdagger_dqn_atari_jax_impalacnn | 1 | 16,000 | 21.00 | 11.20 | 19.40 |" in markdown
-    assert re.search(r"\| Pong \| dqn_atari \| 1 \| 292,\d+ \| −20.60 \| – \| – \|", markdown)
+    assert re.search(r"\| dqn_atari \| 1 \(1 unfinished\) \| 292,\d+ \| −20.60 \| – \| – \|", markdown)
     assert "finished 5 games in training, fewer than 10" in markdown
     for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
         assert (folder / name).is_file()

@@ -96,6 +96,12 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
+def unfinished_of(runs: Iterable[RunResults]) -> str:
+    """What to add to a number of runs if not all are finished."""
+    number = sum(run.unfinished is not None for run in runs)
+    return f" ({number} unfinished)" if number else ""
+
+
 def looks_of(groups: Iterable[Group]) -> dict[str, int]:
     """A number for each experiment, so that it looks the same in every picture."""
     return {name: look for look, name in enumerate(sorted({group.experiment for group in groups}))}
@@ -123,7 +129,7 @@ def results(groups: Sequence[Group], last_games: int) -> list[Block]:
             [
                 game,
                 experiment,
-                str(len(runs)),
+                str(len(runs)) + unfinished_of(runs),
                 f"{min(steps):,}" + (f" to {max(steps):,}" if min(steps) < max(steps) else ""),
                 *(NONE if cell is None else str(cell) for cell in cells),
             ]
@@ -219,7 +225,7 @@ def series(
 ) -> Series:
     final = spread(over_runs(group.runs, partial(mean_value, tag=EVALUATION)))
     return Series(
-        f"{group.experiment}, {count(len(group.runs), 'seed')}",
+        f"{group.experiment}, {count(len(group.runs), 'seed')}{unfinished_of(group.runs)}",
         look,
         online_curve(group.runs, last_games, shift),
         mean_curve(offline, [curve.steps[-1] for curve in offline]),
