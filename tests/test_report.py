@@ -16,7 +16,7 @@ from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from cleanrl.utils import report, report_content
+from cleanrl.utils import report, report_content, report_runs
 from cleanrl.utils.atari import HUMAN_SCORES, RANDOM_SCORES
 from cleanrl.utils.events import EventWriter
 from cleanrl.utils.report_content import environment_series, over_all_games, plotted_series, results
@@ -431,13 +431,16 @@ def test_the_newest_finished_run_of_a_seed_counts(tmp_path):
     assert found.left_out[1] == (oldest, f"the same game, experiment and seed as {newest}, which counts")
 
 
-def test_a_run_is_found_once_however_it_is_reached(tmp_path):
+def test_a_run_is_found_once_however_it_is_reached(tmp_path, monkeypatch):
     run = write_run(tmp_path / "runs" / "cloud", games=[(1, 1.0)])
-    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "around").symlink_to(tmp_path / "runs")
     (tmp_path / "link").symlink_to(run)
+    looked_at, event_files = [], report_runs.event_files
+    monkeypatch.setattr(report_runs, "event_files", lambda path: looked_at.append(path) or event_files(path))
     found = find_runs([tmp_path, tmp_path / "runs", run, tmp_path / "link"], include_unfinished=False)
     assert len(found.runs) == 1
     assert found.left_out == []
+    assert len(looked_at) < 20  # around in a circle it would be 40 times
 
 
 def test_runs_with_other_options_are_named(tmp_path):
