@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import errno
+import itertools
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import tyro
 from matplotlib import image
+from matplotlib.collections import FillBetweenPolyCollection
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,7 +24,7 @@ from cleanrl.utils.atari import HUMAN_SCORES, RANDOM_SCORES
 from cleanrl.utils.events import EventWriter
 from cleanrl.utils.report_content import environment_series, over_all_games, plotted_series, results
 from cleanrl.utils.report_pages import Bullets, Paragraph, Table, block_to_html, block_to_markdown
-from cleanrl.utils.report_pictures import COLORS, spread_out
+from cleanrl.utils.report_pictures import COLORS, GREY, Level, Series, Shade, draw_curves, spread_out
 from cleanrl.utils.report_runs import (
     EVALUATION,
     GAMES,
@@ -33,6 +36,7 @@ from cleanrl.utils.report_runs import (
     read_run,
 )
 from cleanrl.utils.report_statistics import (
+    MeanCurve,
     estimate,
     group_runs,
     improvement_probability,
@@ -301,6 +305,49 @@ def test_a_saved_replay_takes_no_steps_of_the_teacher(tmp_path):
     write_run(tmp_path, "q", games=[(150, 1.0)], **(QDAGGER | {"teacher_replay_path": "somewhere"}))
     (group,) = groups_under(tmp_path)
     assert environment_series(group, last_games=2, look=0).online.steps.tolist() == [50]
+
+
+def test_a_picture_shows_its_numbers_in_each_ones_color(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    steps, means = np.array([10, 20]), np.array([1.0, 3.0])
+    with_band = Series("a", 0, MeanCurve(steps, means, np.array([0.5, 0.25])), None, None)
+    offline = MeanCurve(np.array([5]), np.array([2.0]), None)
+    final = Series("b", 8, MeanCurve(steps, means + 0.01, None), offline, (20, spread([3.0, 5.0])))
+    levels, shade = [Level("teacher, 3.00", 3.0, None)], Shade("offline phase", 6)
+    draw_curves(tmp_path / "x.png", "title", "steps", 10, [with_band, final], levels, shade)
+    (figure,) = figures
+    (axes,) = figure.axes
+    drawn = [
+        (line.get_color(), line.get_linestyle(), *map(list, line.get_data())) for line in axes.get_lines()
+    ]
+    assert (GREY, "--", [0, 1], [3, 3]) in drawn
+    assert (COLORS[0], "-", [10, 20], [1, 3]) in drawn
+    assert (COLORS[1], "-.", [10, 20], [1.01, 3.01]) in drawn  # after seven colours, another line
+    assert (COLORS[1], ":", [5], [2]) in drawn
+    assert (COLORS[1], "None", [20], [4]) in drawn
+    (band,) = [one for one in axes.collections if isinstance(one, FillBetweenPolyCollection)]
+    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {
+        (10, 0.5),
+        (10, 1.5),
+        (20, 2.75),
+        (20, 3.25),
+    }
+    assert {text.get_text(): text.get_color() for text in axes.texts} == {
+        "a": COLORS[0], "b": COLORS[1], "teacher, 3.00": GREY
+    }  # fmt: skip
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+    assert {text.get_text() for text in figure.legends[0].texts} == {
+        "mean of the last 10 games of training",
+        "evaluation, offline phase",
+        "final evaluation",
+        "± one standard deviation over seeds",
+        "teacher's mean return",
+        "offline phase",
+    }
+    assert axes.get_xlabel() == "steps"
 
 
 # -------------------------------------------------------------------------------------------------- runs
@@ -634,19 +681,31 @@ def test_an_older_report_is_replaced(one_run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "report"}
 
 
-@pytest.mark.usefixtures("small_report")
-def test_nothing_else_is_replaced(one_run, tmp_path):
+def test_nothing_else_is_replaced(one_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "find_runs", lambda *arguments: pytest.fail("it reads runs first"))
     output = tmp_path / "report"
     output.mkdir()
     (output / "report.html").write_text("old")
-    (output / "notes.txt").write_text("mine")
+    file = output / "notes.txt"
+    file.write_text("mine")
     assert error_of(one_run, "--output", output) == (
         f"error: --output {output} holds notes.txt, which is no part of a report; name another folder"
     )
-    file = output / "notes.txt"
     assert error_of(one_run, "--output", file) == f"error: --output {file} is a file; name a folder"
     assert file.read_text() == "mine"
     assert (output / "report.html").read_text() == "old"
+
+
+def test_a_file_that_came_while_runs_were_read_is_kept(one_run, tmp_path, monkeypatch):
+    file = tmp_path / "report" / "notes.txt"
+
+    def write_report(folder, found, args):
+        file.parent.mkdir()
+        file.write_text("mine")
+
+    monkeypatch.setattr(report_content, "write_report", write_report)
+    assert "holds notes.txt" in error_of(one_run, "--output", file.parent)
+    assert file.read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_older_report(one_run, tmp_path, monkeypatch):
