@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from cleanrl.utils.report_statistics import Estimate, MeanCurve, Spread, to_text
+from cleanrl.utils.report_statistics import CONFIDENCE, Estimate, MeanCurve, Spread, to_text
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -251,4 +251,6 @@ def draw_estimates(path: Path, panels: Sequence[Panel]) -> None:
             axes.set_ylim(len(panel.rows) - 0.4, -0.8)
             axes.grid(axis="y", visible=False)
             axes.set_title(panel.title)
+        if any(one.interval for panel in panels for _, one, _ in panel.rows):
+            figure.supxlabel(f"bars: {CONFIDENCE:.0%} bootstrap intervals", fontsize=8.5)
         figure.savefig(path, dpi=DPI)
