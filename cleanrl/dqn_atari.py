@@ -525,7 +525,7 @@ def create_train_state(
         QNetwork(num_actions).to(device, memory_format=torch.channels_last) for _ in range(2)
     )
     target_network.requires_grad_(False).load_state_dict(q_network.state_dict())
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate)
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
 
 

@@ -732,9 +732,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
         for _ in range(2)
     )
     target_network.requires_grad_(False).load_state_dict(student.state_dict())
-    optimizer = torch.optim.Adam(
-        student.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True
-    )
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, eps=args.adam_epsilon)
     return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed))
 
 
