@@ -1,0 +1,72 @@
+"""A hook of mkdocs, so that pages link to files outside docs/ as they do where they are read beside the code.
+
+A file that a page links to, such as `../cleanrl/teachers/README.md`, gets a page of its own on the site, a
+program as a listing. A link to a folder becomes plain text: the site shows none. A link to nothing stays as
+it is, and `mkdocs build --strict` refuses it.
+"""
+
+import posixpath
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = PurePosixPath("docs")
+OUTSIDE = PurePosixPath("files")  # where the site has what lies outside docs/
+LINK = re.compile(r"(?<!!)\[(?P<text>[^]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
+LISTING = """\
+---
+search: {{exclude: true}}
+---
+# `{path.name}`
+
+````` {{ .{language} title="{path}" linenums="1" }}
+{content}
+`````
+"""
+
+
+def target_of(link: re.Match, page: PurePosixPath) -> PurePosixPath:
+    """What a link on a page leads to; both are paths from the top of the repository."""
+    return PurePosixPath(posixpath.normpath(page.parent / link["target"]))
+
+
+def to_site(path: PurePosixPath) -> PurePosixPath:
+    """A path in the repository -> where its page is among the site's sources."""
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS)
+    return OUTSIDE / (path if path.suffix == ".md" else f"{path}.md")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds a page for each file outside docs/ that a page links to."""
+    for file in list(files.documentation_pages()):
+        page = DOCS / file.src_uri
+        for path in {target_of(link, page) for link in LINK.finditer(file.content_string)}:
+            source = str(to_site(path))
+            if path.is_relative_to(DOCS) or not (ROOT / path).is_file() or source in files.src_uris:
+                continue
+            content = (ROOT / path).read_text("utf-8")
+            if path.suffix != ".md":
+                content = LISTING.format(path=path, language=path.suffix[1:], content=content)
+            files.append(File.generated(config, source, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Makes the links of a page of docs/ lead to those pages."""
+    source = PurePosixPath(page.file.src_uri)
+    if source.is_relative_to(OUTSIDE):
+        return markdown
+
+    def on_the_site(link: re.Match) -> str:
+        path = target_of(link, DOCS / source)
+        if (ROOT / path).is_dir():
+            return link["text"]
+        site_path = posixpath.relpath(to_site(path), source.parent)
+        return f"[{link['text']}]({site_path}{link['anchor'] or ''})"
+
+    return LINK.sub(on_the_site, markdown)
