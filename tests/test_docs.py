@@ -1,40 +1,89 @@
-"""What README and docs say of the command line is true."""
+"""What README and docs say of the command line is true, and every command in them can be run."""
 
 import dataclasses
 import re
 import shlex
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
+import docs_commands
 import pytest
-import tyro
+from docs_commands import MARKS, PAGES, ROOT, SCRIPTS, Block, Place, fences, rule_for
 
-from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
+from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {
-    Path(script.__file__).name: script
-    for script in (dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn)
-}
 OPTIONS = [
     (page, script, field)
     for page, script in (("qdagger.md", qdagger_dqn_atari_impalacnn), ("dqn.md", dqn_atari))
     for field in dataclasses.fields(script.Args)
 ]
-SCRIPT_COMMAND = re.compile(r"python cleanrl/(\w+\.py)(.*)")
-COMMANDS = sorted({command for page in PAGES for command in SCRIPT_COMMAND.findall(page.read_text("utf-8"))})
+BLOCKS = docs_commands.read_pages(PAGES)
+COMMANDS = sorted({words for block in BLOCKS for words in block.commands})
+UNMARKED = {words for block in BLOCKS for words in block.commands if block.mark is None}
+TO_RUN = docs_commands.to_run(BLOCKS)
 
 
 def test_every_script_has_commands():
-    assert {name for name, _ in COMMANDS} == SCRIPTS.keys()
+    assert {words[1] for words in UNMARKED if len(words) > 1} >= {f"cleanrl/{name}" for name in SCRIPTS}
 
 
-@pytest.mark.parametrize(("name", "options"), COMMANDS)
-def test_commands_in_the_docs_are_accepted(name, options):
-    args = tyro.cli(SCRIPTS[name].Args, args=shlex.split(options))
-    teacher = getattr(args, "teacher_model_path", None)
-    if teacher and teacher.parts[0] == "cleanrl":
-        assert (ROOT / teacher).is_file()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_where_the_tests_find_them(page):
+    for line, info, content in fences(page.read_text("utf-8")):
+        where = f"{page.name}:{line}"
+        if info.startswith("bash"):
+            title = docs_commands.TITLE.fullmatch(info)
+            assert title, f'{where}: write bash, or bash title="…"'
+            assert title["title"] is None or title["title"] in MARKS, f"{where}: the title is none of {MARKS}"
+        else:
+            assert info in ("text", "python"), f"{where}: commands stand in bash blocks"
+            assert not re.search(r"^(\$ |python |pip |poetry )", content, re.MULTILINE), where
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_every_command_is_one_that_can_be_tried(words):
+    try:
+        rule = rule_for(words)
+    except LookupError:
+        assert words not in UNMARKED, f"""no rule of tests/docs_commands.py tries {shlex.join(words)}
+            Write one, or mark the block with one of the titles {sorted(MARKS)}."""
+        return
+    rule.check(list(words))
+    assert rule.run or rule.why_not
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """What came of each block, by its name. Two run at a time."""
+    folder = tmp_path_factory.mktemp("docs")
+    checkout = docs_commands.make_checkout(folder)
+    selected = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
+    with ExitStack() as stack:
+        hubs = docs_commands.start_hubs(stack)
+        pool = ThreadPoolExecutor(2)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        futures: dict[str, Future] = {}
+        sources: dict[Place, Future] = {}
+
+        def run(block: Block, place: Place) -> None:
+            wait(sources[source] for source in place.sources)
+            docs_commands.run_block(block, place)
+
+        for number, block in enumerate(TO_RUN):
+            if block.saves_replay or block.name in selected:
+                usable = () if block.saves_replay else tuple(sources)
+                place = Place(folder / str(number), checkout, hubs, usable)
+                futures[block.name] = pool.submit(run, block, place)
+                if block.saves_replay:
+                    sources[place] = futures[block.name]
+        yield futures
+
+
+@pytest.mark.parametrize("block", TO_RUN, ids=[block.name for block in TO_RUN])
+def test_commands_run(block, outcomes):
+    outcomes[block.name].result()
 
 
 @pytest.mark.parametrize(
