@@ -46,11 +46,12 @@ SCRIPTS: dict[str, ModuleType] = {
     Path(script.__file__).name: script
     for script in (dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn)
 }
-PONG_TEACHER = "cleanrl/teachers/PongNoFrameskip-v4.safetensors"
+TEACHER = "cleanrl/teachers/PongNoFrameskip-v4.safetensors"
 TIMEOUT_S = 300
 
+GAME = "PongNoFrameskip-v4"
 TINY = [
-    "--env-id", "PongNoFrameskip-v4", "--num-envs", "2", "--buffer-size", "60", "--batch-size", "4",
+    "--num-envs", "2", "--buffer-size", "60", "--batch-size", "4",
     "--train-frequency", "2", "--target-network-frequency", "6", "--learning-starts", "10",
     "--total-timesteps", "40", "--eval-episodes", "1", "--no-cuda",
 ]  # fmt: skip
@@ -237,7 +238,7 @@ def start_hubs(stack: ExitStack) -> dict[str, HubServer]:
     import torch
     from flax.serialization import to_bytes
 
-    weights = read_weights(ROOT / PONG_TEACHER)
+    weights = read_weights(ROOT / TEACHER)
     names_in_zoo = {f"network.{i}": f"q_net.features_extractor.cnn.{i}" for i in (0, 2, 4)} | {
         "network.7": "q_net.features_extractor.linear.0",
         "network.9": "q_net.q_net.0",
@@ -305,16 +306,20 @@ def check_poetry(words: list[str]) -> None:
         assert set(value.split()) <= extras.keys()
 
 
-def tiny_options(words: list[str]) -> list[str]:
-    options = [*words[2:], *TINY]
-    if "qdagger" in words[1]:
-        options += TINY_TEACHER
+def tiny_training(words: Sequence[str]) -> list[str]:
+    """The options to put behind those of a training script."""
+    options = [*TINY, *TINY_TEACHER] if "qdagger" in words[1] else list(TINY)
     if "--teacher-model-path" in words:
-        options += ["--teacher-model-path", PONG_TEACHER]
+        options += ["--teacher-model-path", TEACHER]
     return options
 
 
-def read_args(words: list[str], options: list[str]) -> Any:
+def tiny_options(words: Sequence[str]) -> list[str]:
+    """A training script's options, and those to put behind them."""
+    return [*words[2:], "--env-id", GAME, *tiny_training(words)]
+
+
+def read_args(words: Sequence[str], options: list[str]) -> Any:
     return tyro.cli(SCRIPTS[Path(words[1]).name].Args, args=options)
 
 
@@ -335,7 +340,8 @@ def run_script(words: list[str], place: Place) -> None:
     if needs_hub:
         repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
         hub = "sb3" if repo.startswith("sb3/") else "flax" if "jax" in words[1] else "torch"
-    if replay := getattr(args, "teacher_replay_path", None):
+    replay = getattr(args, "teacher_replay_path", None)
+    if replay and not (place.folder / replay).exists():
         [made] = [source.folder / replay for source in place.sources if (source.folder / replay).is_dir()]
         (place.folder / replay).symlink_to(made)
     runs_before = set(place.folder.glob("runs/*"))
@@ -351,6 +357,49 @@ def run_script(words: list[str], place: Place) -> None:
         assert f"/{repo}/resolve/main/{teacher_filename(repo, args.teacher_model_exp_name)}" in requested
     if getattr(args, "save_replay", None):
         assert (place.folder / args.save_replay / "manifest.json").exists()
+
+
+def training_commands(words: list[str]) -> dict[int, list[str]]:
+    """Of a benchmark: which of its words are training commands, and their words."""
+    found, is_command = {}, False
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            is_command = word == "--command"
+        elif is_command:
+            [training] = split(word)
+            found[index] = list(training)
+    return found
+
+
+def check_many_runs(words: list[str]) -> None:
+    commands = training_commands(words)
+    assert commands
+    for training in commands.values():
+        check_script(training)
+
+
+def run_many_runs(words: list[str], place: Place) -> None:
+    tiny = list(words)
+    for index, training in training_commands(words).items():
+        tiny[index] = shlex.join([*training, *tiny_training(training)])
+    where = ["--ray-address", "local"] if "--ray-address" in words else []
+    place.run(*tiny, "--env-ids", GAME, "--num-seeds", "1", *where)
+    assert list(place.folder.glob("runs/*/*.cleanrl_model"))
+
+
+def run_report(words: list[str], place: Place) -> None:
+    """Of the documented runs, or where these are a user's own, of those in docs/results."""
+    if not (place.folder / "runs").exists():
+        (place.folder / "runs").symlink_to(place.checkout / "docs" / "results")
+    place.run(*words, "--bootstrap-samples", "50")
+    output = words[words.index("--output") + 1] if "--output" in words else "report"
+    assert (place.folder / output / "report.html").stat().st_size
+
+
+def run_enjoy(words: list[str], place: Place) -> None:
+    model = ["--model-path", TEACHER] if "--model-path" in words else []
+    place.run(*words, *model, "--games", "1", "--video-folder", "played")
+    assert list(place.folder.glob("played/*.mp4"))
 
 
 def run_tensorboard(words: list[str], place: Place) -> None:
@@ -375,9 +424,8 @@ def run_mkdocs_build(words: list[str], place: Place) -> None:
 
 def run_mkdocs_serve(words: list[str], place: Place) -> None:
     port = free_port()
-    place.serve(
-        [*words, "--dev-addr", f"127.0.0.1:{port}"], port, "", lambda answer: b"The student plays" in answer
-    )
+    title = b"<title>QDagger on Atari</title>"
+    place.serve([*words, "--dev-addr", f"127.0.0.1:{port}"], port, "", lambda answer: title in answer)
 
 
 def check_benchmark(words: list[str]) -> None:
@@ -411,7 +459,9 @@ RULES = [
     Rule(r"poetry install( -E .+)*", check_poetry, None, "an installation is what .ci/run makes"),
     Rule(r"python -m pytest\b.*", check_pytest, None, "it is these tests"),
     Rule(r"python cleanrl/\w+\.py\b.*", check_script, run_script),
-    Rule(r"python -m cleanrl\.utils\.\w+\b.*", anything, as_it_is),
+    Rule(r"python -m cleanrl\.utils\.benchmark\b.*", check_many_runs, run_many_runs),
+    Rule(r"python -m cleanrl\.utils\.report\b.*", anything, run_report),
+    Rule(r"python -m cleanrl\.utils\.enjoy\b.*", anything, run_enjoy),
     Rule(r"tensorboard .*", anything, run_tensorboard),
     Rule(r"mkdocs serve", anything, run_mkdocs_serve),
     Rule(r"mkdocs build --strict", anything, run_mkdocs_build),
@@ -436,7 +486,7 @@ def what_is_tried(words: tuple[str, ...]) -> tuple[str, ...]:
     """The same for two commands if trying one of them is enough."""
     if words[0] == "python" and Path(words[1]).name in SCRIPTS:
         with suppress(SystemExit):  # an option that it does not have: the check says so
-            return (words[1], str(read_args(list(words), tiny_options(list(words)))))
+            return (words[1], str(read_args(words, tiny_options(words))))
     return words
 
 
