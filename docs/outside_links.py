@@ -20,6 +20,7 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#
 LISTING = """\
 ---
 search: {{exclude: true}}
+hide: [toc]
 ---
 # `{path.name}`
 
