@@ -31,7 +31,9 @@ def test_every_script_has_commands():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_stand_where_the_tests_find_them(page):
-    for line, info, content in fences(page.read_text("utf-8")):
+    text = page.read_text("utf-8")
+    assert not re.search(r"^( +```| *~~~)", text, re.MULTILINE), "blocks are ``` at the start of a line"
+    for line, info, content in fences(text):
         where = f"{page.name}:{line}"
         if info.startswith("bash"):
             title = docs_commands.TITLE.fullmatch(info)
