@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -42,6 +43,17 @@ def test_commands_stand_where_the_tests_find_them(page):
         else:
             assert info in ("text", "python"), f"{where}: commands stand in bash blocks"
             assert not re.search(r"^(\$ |python |pip |poetry )", content, re.MULTILINE), where
+
+
+def test_ci_takes_the_tests_from_the_second_block_of_the_readme():
+    program = re.search(r"awk '(.+)'", (ROOT / ".ci" / "run").read_text("utf-8"))[1]
+    taken = subprocess.run(["awk", program, ROOT / "README.md"], capture_output=True, text=True, check=True)
+    plain = [
+        content for _, info, content in fences((ROOT / "README.md").read_text("utf-8")) if info == "bash"
+    ]
+    assert taken.stdout == plain[1]
+    assert plain[1].count("\n") == 1
+    assert plain[1].endswith(" -m pytest\n")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
