@@ -83,7 +83,7 @@ FENCE = re.compile(
 )
 TITLE = re.compile(r'bash(?: title="(?P<title>[^"]*)")?')
 INLINE = re.compile(r"`([^`]+)`")
-PROGRAM = re.compile(r"(\.venv/bin/)?(python3?|pip|poetry|tensorboard|mkdocs|ruff|wandb|ray|bash) \S")
+PROGRAM = re.compile(r"(\.venv/bin/)?(python3?|pip|poetry|tensorboard|mkdocs|ruff) \S")
 OTHER_HOST = re.compile(
     r"""<(script|link|img|iframe|source)\b[^>]*\b(src|href)=["']?(https?:)?//|url\(["']?(https?:)?//"""
 )
