@@ -1,0 +1,216 @@
+"""Runs a benchmark's jobs on a Ray cluster: placed by Ray, and begun again elsewhere when a machine dies."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it is imported
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import cleanrl
+from cleanrl.utils.benchmark_copies import PIECE_BYTES, FolderSender, Home
+from cleanrl.utils.benchmark_runs import POLL_S, Job, Plan, RunProcess, State
+
+LOCAL = "local"
+REPORT_S = 1.0
+SEND_S = 60.0  # at the end, for what is still to be sent
+# Of the folder that the benchmark is started in, what need not travel, beside what git ignores.
+NOT_CODE = ["/runs/", "/videos/", "/wandb/", ".git/", ".venv/", "venv/", "__pycache__/"]
+
+
+class ClusterError(Exception):
+    """There is no cluster, it does not have what is asked for, or it is gone; one line."""
+
+
+def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
+    """Connects to a cluster that is there, or starts one on this machine if the address is "local".
+
+    The code travels: the folder that this is started in becomes the one that the runs start in.
+
+    Raises:
+        ClusterError: there is no such cluster, or no machine of it has what one run asks for.
+    """
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"--ray-address {address} is that of Ray's client; start the benchmark on a machine of the"
+            " cluster, with --ray-address auto"
+        )
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == LOCAL else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={
+                "working_dir": str(Path.cwd()),
+                "py_modules": [str(Path(cleanrl.__file__).parent)],
+                "excludes": NOT_CODE,
+            },
+        )
+    except Exception as error:  # of many kinds: no cluster, another version of Ray or Python, too much code
+        what = " ".join(str(error).split())
+        raise ClusterError(
+            f"--ray-address {address}: {what}; start a cluster with `ray start --head` first, or use"
+            " --ray-address local"
+        ) from None
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(
+        machine.get("CPU", 0) >= cpus_per_run and machine.get("GPU", 0) >= gpus_per_run
+        for machine in machines
+    ):
+        have = ", ".join(f"{m.get('CPU', 0):g} CPUs and {m.get('GPU', 0):g} GPUs" for m in machines)
+        ray.shutdown()
+        raise ClusterError(
+            f"--cpus-per-run {cpus_per_run} and --gpus-per-run {gpus_per_run:g}: no machine of the cluster"
+            f" has that; they have {have}"
+        )
+
+
+@ray.remote
+def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tuple[State, str]:
+    """One attempt at a run, on whichever machine Ray has chosen, in a new folder; gives what became of it."""
+    beginning = ray.get(home.begin.remote(plan.name, socket.gethostname()))
+    if beginning.over:
+        return beginning.over, ""
+
+    def call(method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(home, method).remote(plan.name, beginning.attempt, *arguments))
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        here = Path(name)
+        for path in Path.cwd().iterdir():  # the code, as it was sent
+            (here / path.name).symlink_to(path)
+        runs, log = here / "runs", here / f"{plan.name}.log"
+        runs.mkdir()
+        sender = FolderSender(runs, call)
+        sender.fetch(beginning.files)
+        process = RunProcess(plan, here, log, beginning.folder, variables, death_signal=signal.SIGKILL)
+        try:
+            status, sent_log = None, 0
+            while status is None:
+                status = process.poll(REPORT_S)  # before the last look at what it wrote
+                sent_log, must_stop = report(call, process, log, sent_log)
+                if must_stop:
+                    process.stop(grace_s)
+                if process.run_folder:
+                    sender.send(process.run_folder)
+            state, message = process.outcome(status)
+            if state == "done":
+                sender.finish(process.run_folder)
+            return state, message
+        finally:
+            process.kill()
+
+
+def report(call: Any, process: RunProcess, log: Path, sent: int) -> tuple[int, bool]:
+    """Sends what the log has more than `sent` bytes; gives its length, and whether the run shall end."""
+    with log.open("rb") as content:
+        content.seek(sent)
+        while True:
+            data = content.read(PIECE_BYTES)
+            must_stop = call("report", process.folder, data)
+            if len(data) < PIECE_BYTES:
+                return content.tell(), must_stop
+
+
+class RayRunner:
+    """Runs jobs on the cluster that this process is connected to.
+
+    Args:
+        jobs: the runs.
+        cpus_per_run, gpus_per_run: what each asks for; Ray shows it its GPUs.
+        retries: how often a run is begun again when its worker process or machine dies.
+        variables: environment variables of the runs.
+        grace_s: how long a run that is asked to end may take.
+    """
+
+    def __init__(
+        self,
+        jobs: list[Job],
+        cpus_per_run: int,
+        gpus_per_run: float,
+        retries: int,
+        variables: dict[str, str],
+        grace_s: float,
+    ):
+        self.retries, self.grace_s = retries, grace_s
+        self.is_stopping, self._give_up_time = False, float("inf")
+        folder = jobs[0].folder
+        self.home = (
+            ray.remote(Home)
+            .options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    ray.get_runtime_context().get_node_id(), soft=False
+                ),
+            )
+            .remote(
+                folder.parent.absolute(),
+                {job.plan.name: job.log_path.absolute() for job in jobs},
+                {job.plan.name: job.record.folder for job in jobs},
+            )
+        )
+        task = work.options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=retries)
+        self.jobs = {task.remote(job.plan, self.home, variables, grace_s): job for job in jobs}
+        self._attempts: dict[str, int] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        if self.is_stopping:
+            return any(job.record.state == "running" for job in self.jobs.values())
+        return bool(self.jobs)
+
+    def step(self) -> None:
+        """Waits a little, and takes note of what has begun and what has ended."""
+        try:
+            ended, _ = ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=POLL_S)
+            attempts = ray.get(self.home.newest_attempts.remote())
+        except ray.exceptions.RayError as error:
+            self._end_all("failed", f"the cluster is gone: {first_line(error)}")
+            return
+        for job in self.jobs.values():
+            if attempt := attempts.get(job.plan.name):
+                if attempt.number != self._attempts.get(job.plan.name):
+                    self._attempts[job.plan.name] = attempt.number
+                    job.begin(attempt.node)
+                job.show(attempt.folder)
+        for task in ended:
+            self._end(self.jobs.pop(task), task)
+        if time.monotonic() > self._give_up_time:
+            self._end_all("stopped", "")
+
+    def _end(self, job: Job, task: Any) -> None:
+        try:
+            job.end(*ray.get(task))
+        except ray.exceptions.RayTaskError as error:  # a full disk, for instance
+            job.end("failed", f"{type(error.cause).__name__}: {first_line(error.cause)}")
+        except ray.exceptions.RayError as error:
+            job.end("failed", f"lost its machine or worker {self.retries + 1} times: {first_line(error)}")
+
+    def _end_all(self, state: State, message: str) -> None:
+        for job in self.jobs.values():
+            if job.record.state == "running":
+                job.end(state, message)
+        self.jobs.clear()
+
+    def stop(self) -> None:
+        """Asks all runs to make a checkpoint, send it and end; those that wait are not begun any more."""
+        self.is_stopping = True
+        self._give_up_time = time.monotonic() + self.grace_s + SEND_S
+        self.home.stop.remote()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
