@@ -61,6 +61,7 @@ def main(args: Args) -> None:
             "where": os.getcwd(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "process": os.getpid(),
+            "time": time.time(),
         }
         with (run.folder / "starts.jsonl").open("a") as file:
             print(json.dumps(start), file=file)

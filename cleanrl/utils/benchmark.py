@@ -176,7 +176,8 @@ def summary(jobs: list[Job]) -> str:
 
 def show_progress(job: Job) -> str:
     if job.record.state == "running":
-        return f"{job.node}: {job.progress}" if job.node else job.progress
+        progress = job.progress or "starts"
+        return f"{job.node}: {progress}" if job.node else progress
     return job.record.message
 
 

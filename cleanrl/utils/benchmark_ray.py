@@ -189,7 +189,9 @@ class RayRunner:
 
     def _end(self, job: Job, task: Any) -> None:
         try:
-            job.end(*ray.get(task))
+            state, message = ray.get(task)
+            if job.record.state == "running" or state != "stopped":  # else it was not begun
+                job.end(state, message)
         except ray.exceptions.RayTaskError as error:  # a full disk, for instance
             job.end("failed", f"{type(error.cause).__name__}: {first_line(error.cause)}")
         except ray.exceptions.RayError as error:

@@ -1,0 +1,77 @@
+"""Benchmarks as their users start them, of tests/fake_training.py, and what came of its runs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resume_runs import read_events
+
+ROOT = Path(__file__).resolve().parents[1]
+GAME = "PongNoFrameskip-v4"
+
+
+class Benchmark:
+    """A benchmark of the fake training script, of which the folder has a copy; it prints into files."""
+
+    def __init__(self, folder: Path, options: str, *arguments: str, command: str = "python fake_training.py"):
+        self.folder = folder
+        shutil.copy(ROOT / "tests" / "fake_training.py", folder)
+        with (folder / "output").open("w") as output, (folder / "errors").open("w") as errors:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "cleanrl.utils.benchmark", "--env-ids", GAME,
+                    "--command", f"{command} {options}", *arguments,
+                ],
+                cwd=folder, stdout=output, stderr=errors, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "errors").read_text()
+
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"it has ended:\n{self.output}{self.errors}"
+            assert time.monotonic() < deadline, f"nothing came:\n{self.output}{self.errors}"
+            time.sleep(0.05)
+
+    def end(self, signal_number: int | None = None, timeout_s: float = 60.0) -> int:
+        """Sends a signal, if one is given, and waits for the end; gives the exit status."""
+        if signal_number is not None:
+            self.process.send_signal(signal_number)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            raise AssertionError(f"it does not end:\n{self.output}{self.errors}") from None
+
+
+def the_folder(folder: Path, seed: int, game: str = GAME) -> Path | None:
+    """The newest that the runs of a seed have made."""
+    return max((folder / "runs").glob(f"{game}__fake_training__{seed}__*"), default=None)
+
+
+def starts(folder: Path, seed: int, game: str = GAME) -> list[dict[str, Any]]:
+    """What the run of a seed says of each time that it was started."""
+    path = (the_folder(folder, seed, game) or Path("none")) / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(run_folder: Path) -> list[int]:
+    """The steps of its curve; each has the step for its value."""
+    points = read_events(run_folder)["charts/step"]
+    assert all(step == value for step, value in points)
+    return [step for step, _ in points]

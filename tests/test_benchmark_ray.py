@@ -1,0 +1,150 @@
+"""Many runs on a real Ray cluster of two nodes on this machine, one of which is killed in the middle."""
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_training
+import psutil
+import pytest
+from benchmark_runs import Benchmark, curve, starts, the_folder
+
+from cleanrl.utils.checkpoint import manifests, newest_checkpoint
+
+QUICK_TO_NOTICE = {  # that a node is dead
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """One node with one CPU, which knows nothing of this checkout."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # it listens on 127.0.0.1 alone
+        patch.delenv("PYTHONPATH", raising=False)
+        patch.chdir(folder)
+        from ray.cluster_utils import Cluster
+
+        settings = {"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
+        cluster = Cluster(initialize_head=True, head_node_args=settings)
+        yield cluster
+        cluster.shutdown()
+
+
+def node_of(process_id: int) -> int:
+    """The process id of the raylet that a run belongs to."""
+    return next(p.pid for p in psutil.Process(process_id).parents() if p.name().startswith("raylet"))
+
+
+def raylet(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+def arrived_step(folder: Path, seed: int) -> int:
+    """The step of the newest checkpoint that the driver has of a run; -1 if there is none yet."""
+    run_folder = the_folder(folder, seed)
+    return newest_checkpoint(run_folder).read_state()["step"] if manifests(run_folder) else -1
+
+
+def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(cluster, tmp_path):
+    second = cluster.add_node(num_cpus=1)
+    steps = 120
+    options = f"--total-timesteps {steps} --step-s 0.05 --state-bytes 3000000 --checkpoint-interval 0.4"
+    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address)
+    driver.wait_until(lambda: all(the_folder(tmp_path, seed) for seed in (1, 2)))
+    driver.wait_until(lambda: all(starts(tmp_path, seed) for seed in (1, 2)))
+    nodes = {seed: node_of(starts(tmp_path, seed)[0]["process"]) for seed in (1, 2)}
+    assert set(nodes.values()) == {raylet(second), raylet(cluster.head_node)}
+    (seed,) = (seed for seed, node in nodes.items() if node == raylet(second))
+    driver.wait_until(lambda: arrived_step(tmp_path, seed) > 10)
+    (first,) = starts(tmp_path, seed)
+    assert psutil.pid_exists(first["process"])
+
+    cluster.remove_node(second, allow_graceful=False)
+    driver.wait_until(lambda: not psutil.pid_exists(first["process"]))  # it dies with its machine
+    shutil.rmtree(first["where"])  # and so does its disk
+    arrived = arrived_step(tmp_path, seed)
+
+    assert driver.end() == 0, driver.output
+    first, again = starts(tmp_path, seed)
+    assert first["step"] == 0
+    assert again["step"] == arrived
+    assert len({first["where"], again["where"], str(tmp_path)}) == 3
+    assert not Path(again["where"]).exists()
+    for seed in (1, 2):
+        folder = the_folder(tmp_path, seed)
+        assert (folder / "fake_training.cleanrl_model").read_text() == fake_training.result(seed, steps)
+        assert curve(folder) == list(range(1, steps + 1))
+        assert not (folder / "checkpoints").exists()
+    assert "2 done" in driver.output
+
+
+def test_stopped_on_ray_it_goes_on_here(cluster, tmp_path):
+    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"  # a checkpoint only when stopped
+    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address)
+    driver.wait_until(lambda: starts(tmp_path, 1))
+    assert driver.end(signal.SIGTERM) == 143, driver.output
+    assert "1 stopped, 1 waiting" in driver.output
+    stopped_at = arrived_step(tmp_path, 1)
+    assert 0 < stopped_at < 60
+
+    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--workers", "2")
+    assert driver.end() == 0, driver.output
+    assert [start["step"] for start in starts(tmp_path, 1)] == [0, stopped_at]
+    model = the_folder(tmp_path, 1) / "fake_training.cleanrl_model"
+    assert model.read_text() == fake_training.result(1, 60)
+    assert curve(the_folder(tmp_path, 1)) == list(range(1, 61))
+
+
+def test_a_run_whose_worker_dies_too_often_has_failed_and_the_next_is_done(cluster, tmp_path):
+    options = "--total-timesteps 60 --step-s 0.05"
+    driver = Benchmark(
+        tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address, "--retries", "0"
+    )
+    driver.wait_until(lambda: starts(tmp_path, 1))
+    process = psutil.Process(starts(tmp_path, 1)[0]["process"])
+    process.parent().kill()
+    assert driver.end() == 1, driver.output
+    assert not process.is_running()
+    (row,) = (line for line in driver.output.splitlines() if "  1  failed  " in line)
+    assert "lost its machine or worker 1 times" in row
+    assert "2 runs: 1 done, 1 failed" in driver.output
+    assert starts(tmp_path, 2)[0]["threads"] == "1"
+
+
+def test_what_no_machine_has_is_refused(cluster, tmp_path):
+    driver = Benchmark(tmp_path, "", "--ray-address", cluster.address, "--gpus-per-run", "0.25")
+    assert driver.end() == 1, driver.output
+    assert driver.errors == (
+        "error: --cpus-per-run 1 and --gpus-per-run 0.25: no machine of the cluster has that;"
+        " they have 1 CPUs and 0 GPUs\n"
+    )
+    assert not the_folder(tmp_path, 1)
+
+
+def test_a_cluster_of_its_own_listens_on_this_machine_only(tmp_path):
+    """And reports nothing to Ray's makers, and has no dashboard."""
+    driver = Benchmark(tmp_path, "--total-timesteps 60 --step-s 0.05", "--ray-address", "local")
+    driver.wait_until(lambda: starts(tmp_path, 1))
+    processes = psutil.Process(driver.process.pid).children(recursive=True)
+    addresses = {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    for process in processes:
+        assert process.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+        if "dashboard.py" in " ".join(process.cmdline()):
+            assert "--disable-frontend" in process.cmdline()
+    assert driver.end(signal.SIGINT) == 130, driver.output
+    assert "stopped" in driver.output
+    assert not [process for process in processes if process.is_running()]
