@@ -13,6 +13,7 @@ import pytest
 from benchmark_runs import Benchmark, curve, starts, the_folder
 
 from cleanrl.utils.checkpoint import manifests, newest_checkpoint
+from cleanrl.utils.parallel_envs import available_cores
 
 QUICK_TO_NOTICE = {  # that a node is dead
     "health_check_initial_delay_ms": 500,
@@ -54,7 +55,7 @@ def arrived_step(folder: Path, seed: int) -> int:
 
 def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(cluster, tmp_path):
     second = cluster.add_node(num_cpus=1)
-    steps = 120
+    steps = 90
     options = f"--total-timesteps {steps} --step-s 0.05 --state-bytes 3000000 --checkpoint-interval 0.4"
     driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address)
     driver.wait_until(lambda: all(the_folder(tmp_path, seed) for seed in (1, 2)))
@@ -85,25 +86,8 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(clu
     assert "2 done" in driver.output
 
 
-def test_stopped_on_ray_it_goes_on_here(cluster, tmp_path):
-    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"  # a checkpoint only when stopped
-    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address)
-    driver.wait_until(lambda: starts(tmp_path, 1))
-    assert driver.end(signal.SIGTERM) == 143, driver.output
-    assert "1 stopped, 1 waiting" in driver.output
-    stopped_at = arrived_step(tmp_path, 1)
-    assert 0 < stopped_at < 60
-
-    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--workers", "2")
-    assert driver.end() == 0, driver.output
-    assert [start["step"] for start in starts(tmp_path, 1)] == [0, stopped_at]
-    model = the_folder(tmp_path, 1) / "fake_training.cleanrl_model"
-    assert model.read_text() == fake_training.result(1, 60)
-    assert curve(the_folder(tmp_path, 1)) == list(range(1, 61))
-
-
 def test_a_run_whose_worker_dies_too_often_has_failed_and_the_next_is_done(cluster, tmp_path):
-    options = "--total-timesteps 60 --step-s 0.05"
+    options = "--total-timesteps 30 --step-s 0.05"
     driver = Benchmark(
         tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address, "--retries", "0"
     )
@@ -128,9 +112,11 @@ def test_what_no_machine_has_is_refused(cluster, tmp_path):
     assert not the_folder(tmp_path, 1)
 
 
-def test_a_cluster_of_its_own_listens_on_this_machine_only(tmp_path):
-    """And reports nothing to Ray's makers, and has no dashboard."""
-    driver = Benchmark(tmp_path, "--total-timesteps 60 --step-s 0.05", "--ray-address", "local")
+def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_here(tmp_path):
+    """It listens on this machine only, reports nothing to Ray's makers, and has no dashboard."""
+    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"  # a checkpoint only when stopped
+    on_ray = ["--ray-address", "local", "--cpus-per-run", str(available_cores())]
+    driver = Benchmark(tmp_path, options, "--num-seeds", "2", *on_ray)
     driver.wait_until(lambda: starts(tmp_path, 1))
     processes = psutil.Process(driver.process.pid).children(recursive=True)
     addresses = {
@@ -141,10 +127,19 @@ def test_a_cluster_of_its_own_listens_on_this_machine_only(tmp_path):
     }
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    for process in processes:
-        assert process.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
-        if "dashboard.py" in " ".join(process.cmdline()):
-            assert "--disable-frontend" in process.cmdline()
+    commands = {" ".join(process.cmdline()): process for process in processes}
+    (server,) = (process for command, process in commands.items() if "/gcs_server " in command)
+    assert server.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert all("--disable-frontend" in command for command in commands if "/dashboard.py " in command)
     assert driver.end(signal.SIGINT) == 130, driver.output
-    assert "stopped" in driver.output
+    assert "2 runs: 1 stopped, 1 waiting" in driver.output
     assert not [process for process in processes if process.is_running()]
+    stopped_at = arrived_step(tmp_path, 1)
+    assert 0 < stopped_at < 60
+
+    driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--workers", "2")
+    assert driver.end() == 0, driver.output
+    assert [start["step"] for start in starts(tmp_path, 1)] == [0, stopped_at]
+    model = the_folder(tmp_path, 1) / "fake_training.cleanrl_model"
+    assert model.read_text() == fake_training.result(1, 60)
+    assert curve(the_folder(tmp_path, 1)) == list(range(1, 61))

@@ -1,0 +1,470 @@
+"""Many runs on this machine: what is done, what is left, what is gone on with, and what it says of it."""
+
+import io
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_training
+import filelock
+import psutil
+import pytest
+from benchmark_runs import GAME, ROOT, Benchmark, curve, starts, the_folder
+from resume_runs import COMMON
+from tqdm import tqdm
+
+from cleanrl.utils import benchmark_runs
+from cleanrl.utils.benchmark import Args, View, main
+from cleanrl.utils.benchmark_runs import Job, Plan, last_line, last_words, short_progress
+from cleanrl.utils.checkpoint import newest_checkpoint
+from cleanrl.utils.parallel_envs import available_cores
+
+GAMES = (GAME, "BreakoutNoFrameskip-v4")
+QUICK = "python fake_training.py"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(benchmark_runs, "POLL_S", 0.05)
+    shutil.copy(ROOT / "tests" / "fake_training.py", tmp_path)
+
+
+def run(command: str = QUICK, games: tuple[str, ...] = (GAME,), seeds: int = 1, **options: object) -> int:
+    return main(Args(env_ids=games, command=(command,), num_seeds=seeds, **options))
+
+
+def model(seed: int, game: str = GAME) -> str:
+    return (the_folder(Path(), seed, game) / "fake_training.cleanrl_model").read_text()
+
+
+def files() -> dict[str, bytes]:
+    """What the runs have written, without the benchmark's own."""
+    return {str(p): p.read_bytes() for p in Path("runs").glob("*__*/**/*") if p.is_file()}
+
+
+def test_every_game_and_seed_is_run_by_as_many_workers(capsys):
+    assert run(QUICK + " --step-s 0.05", GAMES, seeds=2, start_seed=3, workers=2) == 0
+    for game in GAMES:
+        for seed in (3, 4):
+            assert model(seed, game) == fake_training.result(seed, 20)
+    assert len(list(Path("runs").glob("*__*"))) == 4
+    spans = []
+    for folder in Path("runs").glob("*__*"):
+        game, _, seed, _ = folder.name.split("__")
+        (start,) = starts(Path(), int(seed), game)
+        spans += [(start["time"], 1), ((folder / "fake_training.cleanrl_model").stat().st_mtime, -1)]
+    at_once, most = 0, 0
+    for _, change in sorted(spans):
+        at_once += change
+        most = max(most, at_once)
+    assert most == 2
+    output = capsys.readouterr().out
+    for game in GAMES:
+        for seed in (3, 4):
+            assert re.search(rf"^{game} +fake_training  {seed}  done  0:00:0\d  runs/{game}__", output, re.M)
+    assert "4 runs: 4 done" in output
+
+
+def test_one_that_fails_ends_no_other_and_goes_on_at_the_next_start(capsys):
+    command = QUICK + " --fail-seed 1 --die-seed 2"
+    assert run(command, seeds=3) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"  1  failed  .*  error: seed 1 cannot go on \(see runs/benchmark/.*1\.log\)", output)
+    assert re.search(r"  2  failed  .*  killed by SIGKILL: out of memory\?", output)
+    assert re.search(r"  3  done  ", output)
+    assert "3 runs: 1 done, 2 failed" in output
+    done = the_folder(Path(), 3)
+    before = {path: content for path, content in files().items() if path.startswith(str(done))}
+
+    assert run(command, seeds=3) == 0
+    assert "3 runs, 1 of them done already" in capsys.readouterr().out
+    for seed in (1, 2):
+        first, again = starts(Path(), seed)
+        assert 0 == first["step"] < again["step"] <= 10
+        assert model(seed) == fake_training.result(seed, 20)
+        assert curve(the_folder(Path(), seed)) == list(range(1, 21))
+    assert before.items() <= files().items()
+
+
+def test_done_means_done_with_these_very_options(capsys):
+    assert run() == 0
+    before = files()
+    for command in (QUICK + " --total-timesteps 30", "python fake_training.py --step-s 0.03"):
+        with pytest.raises(
+            SystemExit, match=r"was begun as `fake_training\.py`, not as `fake_training\.py --"
+        ):
+            run(command)
+    assert files() == before
+    assert run(QUICK + " --total-timesteps 30 --exp-name longer") == 0
+    (longer,) = Path("runs").glob(f"{GAME}__longer__1__*")
+    assert (longer / "longer.cleanrl_model").read_text() == fake_training.result(1, 30)
+    capsys.readouterr()
+    assert run(f"{sys.executable} fake_training.py") == 0  # another name of the same Python
+    assert "1 of them done already" in capsys.readouterr().out
+
+
+def test_what_has_failed_is_not_gone_on_with_with_other_options():
+    assert run(QUICK + " --fail-seed 1") == 1
+    with pytest.raises(SystemExit, match="to begin the run anew"):
+        run(QUICK)
+    Path(f"runs/benchmark/{GAME}__fake_training__1.json").unlink()
+    assert run(QUICK) == 0
+    assert len(list(Path("runs").glob("*__*"))) == 2
+    assert [start["step"] for start in starts(Path(), 1)] == [0]
+
+
+def test_a_run_that_it_did_not_begin_is_left_alone():
+    """`--resume auto` would go on with it, and take its options over."""
+    command = [sys.executable, "fake_training.py", "--fail-seed", "1", "--step-s", "0.04"]
+    assert subprocess.run(command, capture_output=True).returncode == 1
+    foreign = the_folder(Path(), 1)
+    before = files()
+    assert run() == 0
+    assert the_folder(Path(), 1) != foreign
+    assert before.items() <= files().items()
+
+
+def test_a_result_that_was_removed_is_made_again():
+    assert run() == 0
+    shutil.rmtree(the_folder(Path(), 1))
+    assert run() == 0
+    assert model(1) == fake_training.result(1, 20)
+
+
+def test_several_experiments_in_one_go():
+    command = (QUICK, QUICK + " --exp-name=other --total-timesteps 5")
+    assert main(Args(env_ids=(GAME,), command=command, num_seeds=1)) == 0
+    (other,) = Path("runs").glob(f"{GAME}__other__1__*")
+    assert (other / "other.cleanrl_model").read_text() == fake_training.result(1, 5)
+    assert model(1) == fake_training.result(1, 20)
+
+
+def test_stopped_it_has_the_runs_make_a_checkpoint_and_goes_on_later(tmp_path):
+    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"  # only when stopped
+    stopped_at = [0]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        driver = Benchmark(tmp_path, options, "--num-seeds", "2")
+        driver.wait_until(lambda: len(starts(tmp_path, 1)) == len(stopped_at))
+        time.sleep(0.3)
+        assert driver.end(number) == 128 + number
+        assert "2 runs: 1 stopped, 1 waiting" in driver.output
+        assert not psutil.pid_exists(starts(tmp_path, 1)[-1]["process"])
+        stopped_at.append(newest_checkpoint(the_folder(tmp_path, 1)).read_state()["step"])
+        assert stopped_at[-2] < stopped_at[-1] < 60
+
+    assert run(f"{QUICK} {options}", seeds=2, workers=2) == 0
+    assert [start["step"] for start in starts(tmp_path, 1)] == stopped_at
+    for seed in (1, 2):
+        assert model(seed) == fake_training.result(seed, 60)
+
+
+def test_a_run_that_does_not_end_when_asked_to_is_killed(tmp_path):
+    driver = Benchmark(tmp_path, "--step-s 0.5 --deaf", "--num-seeds", "1", "--grace-period", "1")
+    driver.wait_until(lambda: starts(tmp_path, 1))
+    time.sleep(0.5)
+    assert driver.end(signal.SIGTERM, timeout_s=20) == 143
+    assert "1 runs: 1 stopped" in driver.output
+    assert not psutil.pid_exists(starts(tmp_path, 1)[0]["process"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_when_the_benchmark_itself_is_killed_the_runs_make_a_checkpoint(tmp_path):
+    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"
+    driver = Benchmark(tmp_path, options, "--num-seeds", "1")
+    driver.wait_until(lambda: Path(f"runs/benchmark/{GAME}__fake_training__1.json").exists())
+    driver.wait_until(lambda: "__" in Path(f"runs/benchmark/{GAME}__fake_training__1.json").read_text())
+    driver.end(signal.SIGKILL)
+    process = starts(tmp_path, 1)[0]["process"]
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run(f"{QUICK} {options}") == 0
+    assert [start["step"] > 0 for start in starts(tmp_path, 1)] == [False, True]
+
+
+def test_one_that_came_to_its_end_while_nobody_looked_is_done(capsys):
+    assert run() == 0
+    record = Path(f"runs/benchmark/{GAME}__fake_training__1.json")
+    record.write_text(record.read_text().replace('"done"', '"running"'))
+    before = files()
+    assert run() == 0
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("workers", "own", "expected"),
+    [(None, None, None), (2, None, str(max(1, available_cores() // 2))), (2, "7", "7")],
+)
+def test_workers_share_the_cores_unless_the_user_says_otherwise(monkeypatch, workers, own, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    assert run(QUICK + " --total-timesteps 1", workers=workers) == 0
+    assert starts(Path(), 1)[0]["threads"] == expected
+
+
+def test_xla_has_as_many_threads_as_it_is_told():
+    program = """
+import os
+import jax.numpy as jnp
+(jnp.ones((500, 500)) @ jnp.ones((500, 500))).block_until_ready()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print(sum(name.startswith("tf_XLAEigen") for name in names))
+"""
+    variables = benchmark_runs.run_environment(3)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
+def test_two_benchmarks_do_not_work_on_one_run(tmp_path):
+    Path("runs/benchmark").mkdir(parents=True)
+    with (
+        filelock.FileLock(f"runs/benchmark/{GAME}__fake_training__1.lock"),
+        pytest.raises(SystemExit, match=r"another benchmark is at work on Pong.*; wait for its end"),
+    ):
+        run()
+    assert not files()
+
+
+def test_a_damaged_record_is_one_line():
+    assert run() == 0
+    record = Path(f"runs/benchmark/{GAME}__fake_training__1.json")
+    record.write_text(record.read_text()[:30])
+    with pytest.raises(SystemExit, match=r"json is damaged; remove it to begin that run anew"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"games": ("Pong",)}, "error: --env-id Pong is not known; did you mean PongNoFrameskip-v4?"),
+        ({"games": ()}, "error: --env-ids names no game; name at least one, as PongNoFrameskip-v4"),
+        ({"games": (GAME, GAME)}, f"error: --env-ids {GAME} stands there 2 times; once is enough"),
+        ({"seeds": 0}, "error: --num-seeds 0 must be at least 1"),
+        ({"start_seed": -1}, "error: --start-seed -1 must be at least 0"),
+        ({"start_seed": 2**32}, "error: --start-seed 4294967296 leads beyond the largest seed, 4294967295"),
+        ({"workers": 0}, "error: --workers 0 must be at least 1"),
+        (
+            {"workers": 2, "ray_address": "local"},
+            "error: --workers 2 is for this machine alone; on Ray, --cpus-per-run decides",
+        ),
+        (
+            {"gpus_per_run": 0.5},
+            "error: --gpus-per-run 0.5 needs --ray-address; without Ray all GPUs are seen by all",
+        ),
+        (
+            {"gpus_per_run": 1.5, "ray_address": "local"},
+            "error: --gpus-per-run 1.5 must be a share of one GPU, or whole GPUs",
+        ),
+        ({"report_interval": 0.0}, "error: --report-interval 0.0 must be a positive number"),
+        ({"grace_period": float("nan")}, "error: --grace-period nan must be a number of at least 0"),
+        (
+            {"command": QUICK + " --seed 3"},
+            "error: --command python fake_training.py --seed 3: the benchmark sets --seed; leave it out",
+        ),
+        (
+            {"command": QUICK + " --env_id=Pong"},
+            "error: --command python fake_training.py --env_id=Pong: the benchmark sets --env-id;"
+            " leave it out",
+        ),
+        (
+            {"command": "no-such-python fake_training.py"},
+            "error: --command no-such-python fake_training.py: there is no program no-such-python",
+        ),
+        (
+            {"command": "python 'fake"},
+            "error: --command python 'fake: No closing quotation",
+        ),
+        ({"command": ""}, 'error: --command is empty; as --command "python cleanrl/dqn_atari.py"'),
+        (
+            {"command": "python -c pass"},
+            "error: --command python -c pass: name the experiment, with --exp-name NAME",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_begins(options, line):
+    with pytest.raises(SystemExit) as end:
+        run(**options)
+    assert end.value.code == line
+    assert not Path("runs").exists()
+
+
+def test_a_script_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        run("python cleanrl/dqn.py")
+    assert (
+        end.value.code == f"error: --command python cleanrl/dqn.py: there is no cleanrl/dqn.py in {tmp_path}"
+    )
+
+
+def test_one_experiment_twice_is_one_line():
+    with pytest.raises(SystemExit, match="has the experiment fake_training 2 times; give each an --exp-name"):
+        main(Args(env_ids=(GAME,), command=(QUICK, QUICK + " --step-s 1")))
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("cleanrl.utils.benchmark_ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"needs Ray: pip install -r requirements/requirements-cloud\.txt"):
+        run(ray_address="local")
+
+
+def test_what_is_no_training_script_has_failed(capsys):
+    Path("other.py").write_text("print('hello')")
+    assert run("python other.py") == 1
+    assert "left no finished folder in runs/: is it a training script?" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- what it says
+
+
+def test_progress_is_what_tqdm_says_without_its_bar(tmp_path):
+    stream = io.StringIO()
+    progress = tqdm(total=200, desc="offline", unit=" updates", file=stream, mininterval=0)
+    progress.update(0)
+    time.sleep(0.02)
+    progress.set_postfix({"mean return": "1.5"}, refresh=False)
+    progress.update(90)
+    line = stream.getvalue().rpartition("\r")[2].strip()
+    speed = re.search(r"[\d.]+ updates/s", line).group()
+    assert short_progress(line) == f"offline 45%, {speed}, 00:00 left, mean return=1.5"
+    log = tmp_path / "log"
+    log.write_text("(2) the student learns" + stream.getvalue())
+    assert last_line(log) == line
+    assert short_progress("(2) the student learns") == "(2) the student learns"
+
+
+@pytest.mark.parametrize(
+    ("printed", "words"),
+    [
+        ("a\nerror: no\n", "error: no"),
+        ("Traceback…\n  File\nValueError: 3\n\n", "ValueError: 3"),
+        ("error: no\nfake: 45%|████▌     | 9/20 [00:01<00:01,  9 steps/s]", "error: no"),
+        ("╭─ Value error ───╮\n│ Error parsing --seed: x   │\n│ ─── │\n│ see --help │\n╰───────╯\n",
+         "Error parsing --seed: x"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_the_last_words_of_a_run_are_its_error(tmp_path, printed, words):
+    log = tmp_path / "log"
+    log.write_text("--- started before: x\nerror: of the time before\n--- started now: x\n" + printed)
+    assert last_words(log) == words
+
+
+def test_a_wrong_option_is_told_in_the_table(capsys):
+    assert run(QUICK + " --learning-rte 3") == 1
+    assert "  Unrecognized options: --learning-rte, 3 (see " in capsys.readouterr().out
+
+
+class Stream(io.StringIO):
+    def __init__(self, is_terminal: bool):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+@pytest.fixture
+def jobs():
+    """Of eight seeds; the third runs, and says something."""
+    jobs = [Job(Plan(GAME, "fake", seed, ("fake.py",)), Path("runs/benchmark")) for seed in range(8)]
+    jobs[2].begin()
+    jobs[2].progress = "offline 45%, 3.20 updates/s, 00:12 left"
+    return jobs
+
+
+def test_where_there_is_no_terminal_it_says_what_has_changed_and_the_rest_now_and_then(jobs):
+    stream = Stream(is_terminal=False)
+    view = View(stream, jobs, interval_s=0.2)
+    view.update()
+    assert stream.getvalue() == ""
+    jobs[2].end("done", "")
+    jobs[3].begin("node-1")
+    view.update()
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        f"{GAME}  fake  2  done     0:00:00",
+        f"{GAME}  fake  3  running  0:00:00  node-1: starts",
+    ]
+    time.sleep(0.2)
+    view.update()
+    assert stream.getvalue().splitlines()[2:] == [
+        f"{GAME}  fake  3  running  0:00:00  node-1: starts",
+        "8 runs: 1 done, 1 running, 6 waiting",
+    ]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_on_a_terminal_it_draws_in_one_place_and_within_its_size(jobs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "6")
+    stream = Stream(is_terminal=True)
+    view = View(stream, jobs, interval_s=60)
+    view.update()
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        f"{GAME}  fake  0  waiting  0:00:00",
+        f"{GAME}  fake  1  waiting  0:00:00",
+        f"{GAME}  fake  2  running  0:00:00  offline 45%, 3.20 updates/s"[:59],
+        "… and 5 more",
+        "8 runs: 1 running, 7 waiting",
+    ]
+    jobs[2].end("failed", "error: no")
+    view.update()
+    drawn = stream.getvalue().rpartition("\x1b[5F\x1b[J")[2].splitlines()
+    assert drawn[2] == f"{GAME}  fake  2  failed   0:00:00  error: no"
+    view.clear()
+    assert stream.getvalue().endswith("\x1b[5F\x1b[J")
+
+
+def test_ctrl_c_on_a_real_terminal(tmp_path):
+    """It reaches the benchmark alone; the runs end with a checkpoint."""
+    command = [
+        sys.executable, "-m", "cleanrl.utils.benchmark", "--env-ids", GAME, "--num-seeds", "1",
+        "--command", f"{QUICK} --step-s 0.05 --total-timesteps 100 --checkpoint-interval 0",
+    ]  # fmt: skip
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, command)
+    seen = b""
+    while b"counting" not in seen:
+        seen += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    try:
+        while data := os.read(terminal, 1000):
+            seen += data
+    except OSError:  # the other side is gone
+        pass
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert b"\x1b[J" in seen
+    assert b"1 runs: 1 stopped" in seen
+    assert newest_checkpoint(the_folder(tmp_path, 1)).read_state()["step"] > 0
+
+
+# ------------------------------------------------------------------------------------------ a real script
+
+
+def test_the_real_script_with_two_seeds(capsys):
+    options = COMMON[2:]  # without the game
+    command = f"python {ROOT}/tests/resume_runs.py dqn_atari --exp-name dqn"
+    assert run(" ".join([command, *options]), seeds=2, workers=2) == 0, capsys.readouterr().out
+    models = []
+    for seed in (1, 2):
+        (folder,) = Path("runs").glob(f"{GAME}__dqn__{seed}__*")
+        models.append((folder / "dqn.cleanrl_model").read_bytes())
+        assert not (folder / "checkpoints").exists()
+    assert models[0] != models[1]
+    assert "2 runs: 2 done" in capsys.readouterr().out
