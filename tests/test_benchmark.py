@@ -98,10 +98,13 @@ def test_done_means_done_with_these_very_options(capsys):
     assert run() == 0
     before = files()
     for command in (QUICK + " --total-timesteps 30", "python fake_training.py --step-s 0.03"):
-        with pytest.raises(
-            SystemExit, match=r"was begun as `fake_training\.py`, not as `fake_training\.py --"
-        ):
+        with pytest.raises(SystemExit) as end:
             run(command)
+        now = command.removeprefix("python ")
+        assert (
+            f"1 was begun as `fake_training.py`, not as `{now}`; give this one an --exp-name"
+            in end.value.code
+        )
     assert files() == before
     assert run(QUICK + " --total-timesteps 30 --exp-name longer") == 0
     (longer,) = Path("runs").glob(f"{GAME}__longer__1__*")

@@ -1,5 +1,6 @@
 """Many runs on a real Ray cluster of two nodes on this machine, one of which is killed in the middle."""
 
+import re
 import shutil
 import signal
 import tempfile
@@ -143,3 +144,22 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_
     model = the_folder(tmp_path, 1) / "fake_training.cleanrl_model"
     assert model.read_text() == fake_training.result(1, 60)
     assert curve(the_folder(tmp_path, 1)) == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("127.0.0.1:1", "--ray-address 127.0.0.1:1 does not answer"),
+        ("ray://127.0.0.1:1", "is that of Ray's client; start the benchmark on a machine of the cluster"),
+        ("nonsense", "--ray-address nonsense: "),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_one_line(cluster, address, fault):
+    from cleanrl.utils.benchmark_ray import (  # not before `cluster` has set what Ray reads
+        ClusterError,
+        connect,
+    )
+
+    with pytest.raises(ClusterError, match=re.escape(fault)) as error:
+        connect(address, 1, 0.0)
+    assert "\n" not in str(error.value)

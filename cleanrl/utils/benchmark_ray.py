@@ -20,6 +20,7 @@ from cleanrl.utils.benchmark_copies import PIECE_BYTES, FolderSender, Home
 from cleanrl.utils.benchmark_runs import POLL_S, Job, Plan, RunProcess, State
 
 LOCAL = "local"
+CONNECT_S = 10.0
 REPORT_S = 1.0
 SEND_S = 60.0  # at the end, for what is still to be sent
 # Of the folder that the benchmark is started in, what need not travel, beside what git ignores.
@@ -43,6 +44,9 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
             f"--ray-address {address} is that of Ray's client; start the benchmark on a machine of the"
             " cluster, with --ray-address auto"
         )
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    check_that_it_answers(address)
     try:
         ray.init(
             address=address,
@@ -72,6 +76,19 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
             f"--cpus-per-run {cpus_per_run} and --gpus-per-run {gpus_per_run:g}: no machine of the cluster"
             f" has that; they have {have}"
         )
+
+
+def check_that_it_answers(address: str) -> None:
+    """Ray itself tries for many minutes, deaf to Ctrl-C."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ClusterError(
+                f"--ray-address {address} does not answer ({error}); start a cluster with `ray start --head`"
+                " first, or use --ray-address local"
+            ) from None
 
 
 @ray.remote
