@@ -101,10 +101,7 @@ def test_done_means_done_with_these_very_options(capsys):
         with pytest.raises(SystemExit) as end:
             run(command)
         now = command.removeprefix("python ")
-        assert (
-            f"1 was begun as `fake_training.py`, not as `{now}`; give this one an --exp-name"
-            in end.value.code
-        )
+        assert f"1 was begun as `fake_training.py`, not as `{now}`; give this one an" in end.value.code
     assert files() == before
     assert run(QUICK + " --total-timesteps 30 --exp-name longer") == 0
     (longer,) = Path("runs").glob(f"{GAME}__longer__1__*")

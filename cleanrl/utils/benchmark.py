@@ -297,9 +297,15 @@ def make_runner(args: Args, jobs: list[Job]) -> Iterator:
 def main(args: Args) -> int:
     """Runs what is missing and prints what became of all; gives the exit status."""
     check(args)
-    jobs = [Job(plan, RECORDS) for plan in plan_runs(args)]
-    for job in jobs:
-        job.check_command()
+    with contextlib.ExitStack() as locks:
+        jobs = [locks.enter_context(Job(plan, RECORDS)) for plan in plan_runs(args)]
+        for job in jobs:
+            job.check_command()
+        return work_off(args, jobs)
+
+
+def work_off(args: Args, jobs: list[Job]) -> int:
+    """Runs the jobs that are not done and prints what became of all; gives the exit status."""
     missing = [job for job in jobs if job.record.state != "done"]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done already; logs in {RECORDS}", flush=True)
     status = 0

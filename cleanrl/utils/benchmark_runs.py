@@ -101,7 +101,10 @@ class Record:
 
 @dataclass(eq=False)
 class Job:
-    """A run of the benchmark while it is at work on it: what it is, its record, and what it shows."""
+    """A run of the benchmark while it is at work on it: what it is, its record, and what it shows.
+
+    It is held against other processes until the end of its context.
+    """
 
     plan: Plan
     folder: Path  # of the records
@@ -126,6 +129,12 @@ class Job:
             self.record.state = "done"
         elif self.record.state != "done" or not self.run_folder or not is_finished(self.run_folder):
             self.record.state = "waiting"
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
 
     @property
     def record_path(self) -> Path:
