@@ -1,9 +1,12 @@
 """Many runs on this machine: what is done, what is left, what is gone on with, and what it says of it."""
 
+import dataclasses
+import importlib
 import io
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,12 +18,13 @@ import fake_training
 import filelock
 import psutil
 import pytest
+import tyro
 from benchmark_runs import GAME, ROOT, Benchmark, curve, starts, the_folder
 from resume_runs import COMMON
 from tqdm import tqdm
 
 from cleanrl.utils import benchmark_runs
-from cleanrl.utils.benchmark import Args, View, main
+from cleanrl.utils.benchmark import Args, View, check, main, plan_runs
 from cleanrl.utils.benchmark_runs import Job, Plan, last_line, last_words, short_progress
 from cleanrl.utils.checkpoint import newest_checkpoint
 from cleanrl.utils.parallel_envs import available_cores
@@ -328,6 +332,26 @@ def test_what_is_no_training_script_has_failed(capsys):
 
 
 # ------------------------------------------------------------------------------------------- what it says
+
+
+PAGE = (ROOT / "docs" / "many-runs.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m cleanrl\.utils\.benchmark (.*)$", PAGE, re.M))
+def test_commands_in_the_docs_are_accepted(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = tyro.cli(Args, args=shlex.split(command))
+    check(args)
+    for plan in plan_runs(args):
+        script = importlib.import_module(f"cleanrl.{Path(plan.command[1]).stem}")
+        tyro.cli(script.Args, args=plan.words(None)[2:])
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Args), ids=lambda field: field.name)
+def test_every_option_stands_in_the_docs_with_its_default(field):
+    (row,) = re.findall(rf"^\| `--{field.name.replace('_', '-')}` .*$", PAGE, re.M)
+    has_default = field.default is not dataclasses.MISSING and field.default is not None
+    assert row.split(" | ")[1] == (str(field.default) if has_default else "–")
 
 
 def test_progress_is_what_tqdm_says_without_its_bar(tmp_path):
