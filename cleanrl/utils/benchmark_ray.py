@@ -20,6 +20,7 @@ from cleanrl.utils.benchmark_copies import PIECE_BYTES, FolderSender, Home
 from cleanrl.utils.benchmark_runs import POLL_S, Job, Plan, RunProcess, State
 
 LOCAL = "local"
+START_ONE = "; start a cluster with `ray start --head` first, or use --ray-address local"
 CONNECT_S = 10.0
 REPORT_S = 1.0
 SEND_S = 60.0  # at the end, for what is still to be sent
@@ -60,10 +61,9 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
             },
         )
     except Exception as error:  # of many kinds: no cluster, another version of Ray or Python, too much code
-        what = " ".join(str(error).split())
+        is_none = isinstance(error, ConnectionError | ValueError)
         raise ClusterError(
-            f"--ray-address {address}: {what}; start a cluster with `ray start --head` first, or use"
-            " --ray-address local"
+            f"--ray-address {address}: {one_line(error)}" + (START_ONE if is_none else "")
         ) from None
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(
@@ -85,10 +85,7 @@ def check_that_it_answers(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         except (OSError, OverflowError) as error:
-            raise ClusterError(
-                f"--ray-address {address} does not answer ({error}); start a cluster with `ray start --head`"
-                " first, or use --ray-address local"
-            ) from None
+            raise ClusterError(f"--ray-address {address} does not answer ({error}){START_ONE}") from None
 
 
 @ray.remote
@@ -233,3 +230,7 @@ class RayRunner:
 
 def first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
