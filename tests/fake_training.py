@@ -33,6 +33,8 @@ class Args:
     """with this seed it fails halfway, unless it has been gone on with"""
     die_seed: int | None = None
     """the same, killed by a signal"""
+    slow_seed: int | None = None
+    """with this seed each step takes a hundred times as long"""
     deaf: bool = False
     """does not hear SIGTERM"""
 
@@ -73,7 +75,7 @@ def main(args: Args) -> None:
                     state = {"step": step, "value": value, "noise": os.urandom(args.state_bytes)}
                     run.save(state, "none", None)
                 run.raise_if_stopped()
-                time.sleep(args.step_s)
+                time.sleep(args.step_s * (100 if args.seed == args.slow_seed else 1))
                 step += 1
                 value = next_value(value, args.seed, step)
                 writer.add_scalar("charts/step", step, step)

@@ -19,7 +19,7 @@ import filelock
 import psutil
 import pytest
 import tyro
-from benchmark_runs import GAME, ROOT, Benchmark, curve, starts, the_folder
+from many_runs import GAME, ROOT, Benchmark, curve, starts, the_folder
 from resume_runs import COMMON
 from tqdm import tqdm
 
@@ -39,6 +39,8 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(benchmark_runs, "POLL_S", 0.05)
     shutil.copy(ROOT / "tests" / "fake_training.py", tmp_path)
+    yield
+    Benchmark.end_all()
 
 
 def run(command: str = QUICK, games: tuple[str, ...] = (GAME,), seeds: int = 1, **options: object) -> int:

@@ -191,6 +191,19 @@ def test_a_checkpoint_that_goes_while_it_is_sent_is_left_out(home, machine, run,
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
+def test_the_newest_that_has_arrived_stays_while_it_is_being_removed_elsewhere(home, machine, run):
+    save(run, 1)
+    machine.send(run)
+    before = contents(home.runs)
+    (run.folder / "checkpoints" / "state-000001.zst").unlink()
+    machine.send(run)
+    assert contents(home.runs) == before
+    for number in (2, 3, 4):
+        save(run, number)
+    machine.send(run)
+    assert contents(home_folder(home, run)) == contents(run.folder)
+
+
 def test_what_is_cut_off_a_curve_goes_here_too(home, machine, run):
     save(run, 1)
     (run.folder / "events.out.tfevents.2").write_bytes(b"of an attempt that was cut short")

@@ -11,7 +11,7 @@ from typing import Any
 import fake_training
 import psutil
 import pytest
-from benchmark_runs import Benchmark, curve, starts, the_folder
+from many_runs import Benchmark, curve, starts, the_folder
 
 from cleanrl.utils.checkpoint import manifests, newest_checkpoint
 from cleanrl.utils.parallel_envs import available_cores
@@ -37,6 +37,12 @@ def cluster() -> Iterator[Any]:
         cluster = Cluster(initialize_head=True, head_node_args=settings)
         yield cluster
         cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_benchmark_is_left() -> Iterator[None]:
+    yield
+    Benchmark.end_all()
 
 
 def node_of(process_id: int) -> int:
@@ -88,7 +94,7 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(clu
 
 
 def test_a_run_whose_worker_dies_too_often_has_failed_and_the_next_is_done(cluster, tmp_path):
-    options = "--total-timesteps 30 --step-s 0.05"
+    options = "--total-timesteps 30 --step-s 0.05 --slow-seed 1"  # 150 s, if nobody kills it
     driver = Benchmark(
         tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address, "--retries", "0"
     )

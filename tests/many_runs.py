@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from resume_runs import read_events
 
@@ -19,6 +18,8 @@ GAME = "PongNoFrameskip-v4"
 
 class Benchmark:
     """A benchmark of the fake training script, of which the folder has a copy; it prints into files."""
+
+    started: ClassVar[list["Benchmark"]] = []
 
     def __init__(self, folder: Path, options: str, *arguments: str, command: str = "python fake_training.py"):
         self.folder = folder
@@ -33,6 +34,17 @@ class Benchmark:
                 start_new_session=True,
             )  # fmt: skip
 
+        self.started.append(self)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Ends what a test that failed has left."""
+        for benchmark in cls.started:
+            if benchmark.process.poll() is None:
+                benchmark.process.kill()
+                benchmark.process.wait()
+        cls.started.clear()
+
     @property
     def output(self) -> str:
         return (self.folder / "output").read_text()
@@ -41,21 +53,20 @@ class Benchmark:
     def errors(self) -> str:
         return (self.folder / "errors").read_text()
 
-    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"it has ended:\n{self.output}{self.errors}"
             assert time.monotonic() < deadline, f"nothing came:\n{self.output}{self.errors}"
             time.sleep(0.05)
 
-    def end(self, signal_number: int | None = None, timeout_s: float = 60.0) -> int:
+    def end(self, signal_number: int | None = None, timeout_s: float = 120.0) -> int:
         """Sends a signal, if one is given, and waits for the end; gives the exit status."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGKILL)
             raise AssertionError(f"it does not end:\n{self.output}{self.errors}") from None
 
 
