@@ -29,7 +29,7 @@ NOT_CODE = ["/runs/", "/videos/", "/wandb/", ".git/", ".venv/", "venv/", "__pyca
 
 
 class ClusterError(Exception):
-    """There is no cluster, it does not have what is asked for, or it is gone; one line."""
+    """There is no cluster, or it does not have what is asked for; one line."""
 
 
 def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
