@@ -154,7 +154,7 @@ def test_several_experiments_in_one_go():
 
 
 def test_stopped_it_has_the_runs_make_a_checkpoint_and_goes_on_later(tmp_path):
-    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"  # only when stopped
+    options = "--total-timesteps 100 --step-s 0.05 --checkpoint-interval 0"  # only when stopped
     stopped_at = [0]
     for number in (signal.SIGINT, signal.SIGTERM):
         driver = Benchmark(tmp_path, options, "--num-seeds", "2")
@@ -164,12 +164,12 @@ def test_stopped_it_has_the_runs_make_a_checkpoint_and_goes_on_later(tmp_path):
         assert "2 runs: 1 stopped, 1 waiting" in driver.output
         assert not psutil.pid_exists(starts(tmp_path, 1)[-1]["process"])
         stopped_at.append(newest_checkpoint(the_folder(tmp_path, 1)).read_state()["step"])
-        assert stopped_at[-2] < stopped_at[-1] < 60
+        assert stopped_at[-2] < stopped_at[-1] < 100
 
     assert run(f"{QUICK} {options}", seeds=2, workers=2) == 0
     assert [start["step"] for start in starts(tmp_path, 1)] == stopped_at
     for seed in (1, 2):
-        assert model(seed) == fake_training.result(seed, 60)
+        assert model(seed) == fake_training.result(seed, 100)
 
 
 def test_a_run_that_does_not_end_when_asked_to_is_killed(tmp_path):
@@ -183,7 +183,7 @@ def test_a_run_that_does_not_end_when_asked_to_is_killed(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_when_the_benchmark_itself_is_killed_the_runs_make_a_checkpoint(tmp_path):
-    options = "--total-timesteps 60 --step-s 0.05 --checkpoint-interval 0"
+    options = "--total-timesteps 100 --step-s 0.05 --checkpoint-interval 0"
     driver = Benchmark(tmp_path, options, "--num-seeds", "1")
     driver.wait_until(lambda: Path(f"runs/benchmark/{GAME}__fake_training__1.json").exists())
     driver.wait_until(lambda: "__" in Path(f"runs/benchmark/{GAME}__fake_training__1.json").read_text())
@@ -365,7 +365,8 @@ def test_progress_is_what_tqdm_says_without_its_bar(tmp_path):
     progress.update(90)
     line = stream.getvalue().rpartition("\r")[2].strip()
     speed = re.search(r"[\d.]+ updates/s", line).group()
-    assert short_progress(line) == f"offline 45%, {speed}, 00:00 left, mean return=1.5"
+    left = re.search(r"<([\d:]+),", line).group(1)
+    assert short_progress(line) == f"offline 45%, {speed}, {left} left, mean return=1.5"
     log = tmp_path / "log"
     log.write_text("(2) the student learns" + stream.getvalue())
     assert last_line(log) == line
@@ -402,6 +403,11 @@ class Stream(io.StringIO):
     def isatty(self) -> bool:
         return self.is_terminal
 
+    @property
+    def text(self) -> str:
+        """What was written, on a machine that is never slow."""
+        return re.sub(r"0:00:0\d", "0:00:00", self.getvalue())
+
 
 @pytest.fixture
 def jobs():
@@ -416,22 +422,22 @@ def test_where_there_is_no_terminal_it_says_what_has_changed_and_the_rest_now_an
     stream = Stream(is_terminal=False)
     view = View(stream, jobs, interval_s=0.2)
     view.update()
-    assert stream.getvalue() == ""
+    assert stream.text == ""
     jobs[2].end("done", "")
     jobs[3].begin("node-1")
     view.update()
-    lines = stream.getvalue().splitlines()
+    lines = stream.text.splitlines()
     assert lines == [
         f"{GAME}  fake  2  done     0:00:00",
         f"{GAME}  fake  3  running  0:00:00  node-1: starts",
     ]
     time.sleep(0.2)
     view.update()
-    assert stream.getvalue().splitlines()[2:] == [
+    assert stream.text.splitlines()[2:] == [
         f"{GAME}  fake  3  running  0:00:00  node-1: starts",
         "8 runs: 1 done, 1 running, 6 waiting",
     ]
-    assert "\x1b" not in stream.getvalue()
+    assert "\x1b" not in stream.text
 
 
 def test_on_a_terminal_it_draws_in_one_place_and_within_its_size(jobs, monkeypatch):
@@ -440,7 +446,7 @@ def test_on_a_terminal_it_draws_in_one_place_and_within_its_size(jobs, monkeypat
     stream = Stream(is_terminal=True)
     view = View(stream, jobs, interval_s=60)
     view.update()
-    lines = stream.getvalue().splitlines()
+    lines = stream.text.splitlines()
     assert lines == [
         f"{GAME}  fake  0  waiting  0:00:00",
         f"{GAME}  fake  1  waiting  0:00:00",
@@ -450,10 +456,10 @@ def test_on_a_terminal_it_draws_in_one_place_and_within_its_size(jobs, monkeypat
     ]
     jobs[2].end("failed", "error: no")
     view.update()
-    drawn = stream.getvalue().rpartition("\x1b[5F\x1b[J")[2].splitlines()
+    drawn = stream.text.rpartition("\x1b[5F\x1b[J")[2].splitlines()
     assert drawn[2] == f"{GAME}  fake  2  failed   0:00:00  error: no"
     view.clear()
-    assert stream.getvalue().endswith("\x1b[5F\x1b[J")
+    assert stream.text.endswith("\x1b[5F\x1b[J")
 
 
 def test_ctrl_c_on_a_real_terminal(tmp_path):
