@@ -86,6 +86,7 @@ def main(args: Args) -> None:
                     if args.seed == args.die_seed:
                         os.kill(os.getpid(), signal.SIGKILL)
         write_durably(run.folder / f"{args.exp_name}.cleanrl_model", value.encode())
+        (run.folder / "ended").write_text(str(time.time()))
         writer.close()
         run.finish()
 

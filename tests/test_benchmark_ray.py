@@ -85,6 +85,8 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(clu
     assert again["step"] == arrived
     assert len({first["where"], again["where"], str(tmp_path)}) == 3
     assert not Path(again["where"]).exists()
+    other = the_folder(tmp_path, 3 - seed)
+    assert again["time"] > float((other / "ended").read_text())  # there is one CPU left
     for seed in (1, 2):
         folder = the_folder(tmp_path, seed)
         assert (folder / "fake_training.cleanrl_model").read_text() == fake_training.result(seed, steps)

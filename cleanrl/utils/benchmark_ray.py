@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,19 @@ def check_that_it_answers(address: str) -> None:
 @ray.remote
 def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tuple[State, str]:
     """One attempt at a run, on whichever machine Ray has chosen, in a new folder; gives what became of it."""
-    beginning = ray.get(home.begin.remote(plan.name, socket.gethostname()))
-    if beginning.over:
-        return beginning.over, ""
+    # A task whose main thread waits for Ray gives its CPUs back meanwhile: one run more would be begun.
+    with ThreadPoolExecutor(1) as waiting, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
 
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(home, method).remote(plan.name, beginning.attempt, *arguments))
+        def ask(method: str, *arguments: Any) -> Any:
+            answer = getattr(home, method).remote(plan.name, *arguments)
+            return waiting.submit(ray.get, answer).result()
 
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        def call(method: str, *arguments: Any) -> Any:
+            return ask(method, beginning.attempt, *arguments)
+
+        beginning = ask("begin", socket.gethostname())
+        if beginning.over:
+            return beginning.over, ""
         here = Path(name)
         for path in Path.cwd().iterdir():  # the code, as it was sent
             (here / path.name).symlink_to(path)
