@@ -23,14 +23,26 @@ QUICK_TO_NOTICE = {  # that a node is dead
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ray_folder() -> Iterator[Path]:
+    """For what Ray and the nodes write; short, as it holds the names of sockets."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(ray_folder) -> Iterator[Any]:
     """One node with one CPU, which knows nothing of this checkout."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # it listens on 127.0.0.1 alone
         patch.delenv("PYTHONPATH", raising=False)
-        patch.chdir(folder)
+        patch.chdir(ray_folder)
         from ray.cluster_utils import Cluster
 
         settings = {"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
