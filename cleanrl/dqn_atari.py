@@ -34,20 +34,26 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 
 from cleanrl.utils.arguments import check_arguments, parse_arguments
 from cleanrl.utils.atari import count_actions
-from cleanrl.utils.checkpoint import Checkpoint, Run
+from cleanrl.utils.checkpoint import Checkpoint
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
 from cleanrl.utils.events import EventWriter
-from cleanrl.utils.interrupts import Stopped, exit_on_ctrl_c
+from cleanrl.utils.interrupts import exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
-from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
+from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
 from cleanrl.utils.replay_files import check_new_folder, save_replay
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.tracking import start_tracking
+from cleanrl.utils.training_run import check_services, training_run
 
 RECENT_GAMES = 10  # whose mean return the progress bar shows
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
 EVALUATION_SEED, TRAINING_SEED = 0, 1  # with --seed, what the games start from
+LAYOUT = {  # of the curves that are read together, on TensorBoard's page "Custom Scalars"
+    "returns": {"finished games": ["charts/episodic_return"]},
+    "losses": {"TD loss": ["losses/td_loss"], "mean of Q(s, a)": ["losses/q_values"]},
+    "ε": {"ε": ["charts/epsilon"]},
+    "speed": {"environment steps per second": ["charts/SPS"]},
+}
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -64,15 +70,19 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     track: bool = False
-    """mirror the TensorBoard curves to Weights & Biases (pip install wandb)"""
+    """mirror the TensorBoard curves to Weights & Biases (requirements/requirements-track.txt)"""
     wandb_project_name: str = "qdagger"
     """the Weights & Biases project"""
     wandb_entity: str | None = None
     """the Weights & Biases entity (team)"""
     capture_video: bool = False
-    """record the first game of the evaluation as mp4 under the run's folder"""
+    """record the first game of the evaluation as mp4 under the run\'s folder, and show it in TensorBoard"""
     save_model: bool = True
     """save the network at the end, and when stopped"""
+    upload_model: bool = False
+    """publish the model on the Hugging Face Hub at the end, as {hf_entity}/{env_id}-{exp_name}-seed{seed}"""
+    hf_entity: str | None = None
+    """the user or organization on the Hub (default: the user whose token it is)"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, as QDagger's --teacher-replay-path reads it"""
     checkpoint_interval: float = 600.0
@@ -691,6 +701,7 @@ def save_network(network: QNetwork, path: Path) -> None:
 def main(args: Args) -> None:
     check_arguments(args)
     num_actions = count_actions(args.env_id)
+    check_services(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.save_replay:
         check_new_folder(args.save_replay)
@@ -708,54 +719,38 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, replay, device)
     make_game = partial(make_env, args.env_id, args.repeat_action_probability)
 
-    with Run(args, script=Path(__file__).stem) as run:
+    def save(path: Path) -> None:
+        save_network(state.q_network, path)
+
+    def has_learned() -> bool:
+        return state.gradient_steps > 0
+
+    with training_run(args, Path(__file__), LAYOUT, save, has_learned) as run:
         print(f"run: {run.folder}, on {device}")
         if run.resumed:
             restore(state, run.resumed)
             print(f"going on from environment step {state.step:,}")
-        mirror = None
-        if args.track:
-            mirror = start_tracking(run.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
-        writer = EventWriter(run.folder, mirror)
-        if not run.resumed:
-            writer.add_options(vars(args))
 
         def checkpoint(envs: ParallelEnvs | None = None) -> None:
-            if run.is_due():
-                writer.flush()
-                run.save(capture(state, envs), "replay", state.replay)
-            run.raise_if_stopped()
+            run.checkpoint(partial(capture, state, envs), "replay", state.replay)
 
-        def save() -> None:
-            if args.save_model:
-                save_network(state.q_network, run.folder / f"{args.exp_name}.cleanrl_model")
-
-        try:
-            with ParallelEnvs([make_game] * args.num_envs) as envs:
-                train(args, state, envs, writer, checkpoint)
-                state.env_states = envs.get_states()
-            save()
+        with ParallelEnvs([make_game] * args.num_envs) as envs:
+            train(args, state, envs, run.writer, checkpoint)
+            state.env_states = envs.get_states()
+        run.save_model()
+        with run.video("final", state.step) as video_folder:
             returns = evaluate(
                 make_game,
                 partial(compute_q_values, state.q_network, device),
                 args.eval_episodes,
                 seed=(args.seed, EVALUATION_SEED),
                 epsilon=args.end_e,
-                video_folder=run.folder / "videos" / "final" if args.capture_video else None,
+                video_folder=video_folder,
                 before_step=checkpoint,
             )
-            for game, episodic_return in enumerate(returns):
-                writer.add_scalar("eval/episodic_return", episodic_return, game)
-            print(f"mean return {np.mean(returns):.2f} over {args.eval_episodes} games")
-            if args.save_replay:
-                save_replay(args.save_replay, state.replay, args.env_id, num_actions)
-        except (Stopped, WorkerError):
-            if state.gradient_steps:
-                save()
-            raise
-        finally:
-            writer.close()
-        run.finish()
+        run.report(returns)
+        if args.save_replay:
+            save_replay(args.save_replay, state.replay, args.env_id, num_actions)
 
 
 if __name__ == "__main__":

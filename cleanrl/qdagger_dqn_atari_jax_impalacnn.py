@@ -35,22 +35,38 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 
 from cleanrl.utils.arguments import check_arguments, parse_arguments
 from cleanrl.utils.atari import count_actions, random_return
-from cleanrl.utils.checkpoint import Checkpoint, Run
+from cleanrl.utils.checkpoint import Checkpoint
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
 from cleanrl.utils.events import EventWriter
 from cleanrl.utils.hub import download, teacher_filename
-from cleanrl.utils.interrupts import Stopped, exit_on_ctrl_c
+from cleanrl.utils.interrupts import exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
-from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, WorkerError, available_cores
+from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
 from cleanrl.utils.replay_files import SavedReplay, open_replay
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.tracking import start_tracking
+from cleanrl.utils.training_run import check_services, training_run
 from cleanrl.utils.weights import fit_weights, flatten, read_weights, unflatten
 
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
 EVALUATION_SEED, FILL_SEED, ONLINE_SEED = 0, 1, 2  # with --seed, what the games of each phase start from
+LAYOUT = {  # of the curves that are read together, on TensorBoard's page "Custom Scalars"
+    "returns": {
+        "teacher, offline and online": [
+            "charts/teacher/avg_episodic_return",
+            "charts/offline/avg_episodic_return",
+            "charts/episodic_return",
+        ]
+    },
+    "losses": {
+        "offline": ["charts/offline/loss", "charts/offline/q_loss", "charts/offline/distill_loss"],
+        "online": ["losses/loss", "losses/td_loss", "losses/distill_loss"],
+        "mean of Q(s, a), online": ["losses/q_values"],
+    },
+    "λ and ε": {"distillation coefficient λ and ε": ["charts/distill_coeff", "charts/epsilon"]},
+    "speed": {"environment steps per second": ["charts/SPS"]},
+}
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -67,15 +83,19 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     track: bool = False
-    """mirror the TensorBoard curves to Weights & Biases (pip install wandb)"""
+    """mirror the TensorBoard curves to Weights & Biases (requirements/requirements-track.txt)"""
     wandb_project_name: str = "qdagger"
     """the Weights & Biases project"""
     wandb_entity: str | None = None
     """the Weights & Biases entity (team)"""
     capture_video: bool = False
-    """record the first game of each evaluation as mp4 under the run's folder"""
+    """record the first game of each evaluation as mp4 under the run\'s folder, and show it in TensorBoard"""
     save_model: bool = True
     """save the student in the offline phase, at the end, and when stopped"""
+    upload_model: bool = False
+    """publish the model on the Hugging Face Hub at the end, as {hf_entity}/{env_id}-{exp_name}-seed{seed}"""
+    hf_entity: str | None = None
+    """the user or organization on the Hub (default: the user whose token it is)"""
     checkpoint_interval: float = 600.0
     """seconds between two checkpoints of the run, all of it; 0: only when stopped"""
     resume: str | None = None
@@ -1254,6 +1274,7 @@ def main(args: Args) -> None:
     check_arguments(args)
     num_actions = count_actions(args.env_id)
     baseline_return = random_return(args.env_id, args.return_normalization)
+    check_services(args)
     device = choose_device(args)
     saved_replay = None
     if args.teacher_replay_path:
@@ -1289,96 +1310,79 @@ def main(args: Args) -> None:
     def make_envs() -> ParallelEnvs:
         return ParallelEnvs([make_game] * args.num_envs)
 
-    with Run(args, script=Path(__file__).stem) as run:
+    def save_network(path: Path) -> None:
+        save_student(state.learner.student, path)
+
+    def has_learned() -> bool:
+        return state.offline_step > 0 or state.online_step > 0
+
+    with training_run(args, Path(__file__), LAYOUT, save_network, has_learned) as run:
         print(f"run: {run.folder}, on {device.platform}")
         if run.resumed:
             restore(state, run.resumed, make_replay)
-        mirror = None
-        if args.track:
-            mirror = start_tracking(run.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
-        writer = EventWriter(run.folder, mirror)
-        if not run.resumed:
-            writer.add_options(vars(args))
 
         def checkpoint(envs: ParallelEnvs | None = None) -> None:
-            if run.is_due():
-                writer.flush()
-                player = "student" if state.phase == "online" else "teacher"
-                run.save(capture(state, envs), player, state.replay)
-            run.raise_if_stopped()
+            player = "student" if state.phase == "online" else "teacher"
+            run.checkpoint(partial(capture, state, envs), player, state.replay)
 
-        def play(q_function: QFunction, games: int, name: str) -> list[float]:
-            """The returns of whole games, the same games each time."""
-            return evaluate(
-                make_game,
-                partial(compute_q_values, q_function),
-                games,
-                seed=(args.seed, EVALUATION_SEED),
-                epsilon=args.end_e,
-                video_folder=run.folder / "videos" / name if args.capture_video else None,
-                before_step=checkpoint,
-            )
-
-        def save(name: str) -> None:
-            if args.save_model:
-                save_student(state.learner.student, run.folder / f"{name}.cleanrl_model")
+        def play(q_function: QFunction, games: int, name: str, step: int) -> list[float]:
+            """The returns of whole games, the same games each time; their video is plotted at `step`."""
+            with run.video(name, step) as video_folder:
+                return evaluate(
+                    make_game,
+                    partial(compute_q_values, q_function),
+                    games,
+                    seed=(args.seed, EVALUATION_SEED),
+                    epsilon=args.end_e,
+                    video_folder=video_folder,
+                    before_step=checkpoint,
+                )
 
         def save_and_evaluate() -> float:
-            save(f"{args.exp_name}-offline")
-            return float(
-                np.mean(play(state.learner.student, args.eval_episodes, f"offline-{state.offline_step}"))
-            )
+            run.save_model("-offline")
+            step = state.offline_step
+            return float(np.mean(play(state.learner.student, args.eval_episodes, f"offline-{step}", step)))
 
-        try:
-            if state.teacher_return is None:
-                print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then its buffer is filled")
-                state.teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher")))
-                print(f"teacher: mean return {state.teacher_return:.2f}")
-                writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, 0)
-                check_teacher_return(state.teacher_return, baseline_return)
-            if state.phase == "teacher":
-                state.replay = state.replay or make_replay("teacher")
-                if saved_replay:
-                    load_teacher_buffer(state, teacher, saved_replay)
-                else:
-                    with make_envs() as envs:
-                        fill_teacher_buffer(args, state, teacher, envs, checkpoint)
-                state.phase = "offline"
+        def write_teacher_return(step: int) -> None:
+            run.writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, step)
 
-            if state.phase == "offline":
-                print("(2) the student learns offline from that buffer")
-                train_offline(args, state, writer, save_and_evaluate, checkpoint)
-                writer.add_scalar(
-                    "charts/teacher/avg_episodic_return", state.teacher_return, args.offline_steps
-                )
-                state.replay = None  # before the online buffer needs the memory
-                state.replay = make_replay("online")
-                state.phase = "online"
+        if state.teacher_return is None:
+            print(f"(1) the teacher plays {args.teacher_eval_episodes} games, then its buffer is filled")
+            state.teacher_return = float(np.mean(play(teacher, args.teacher_eval_episodes, "teacher", 0)))
+            print(f"teacher: mean return {state.teacher_return:.2f}")
+            write_teacher_return(0)
+            check_teacher_return(state.teacher_return, baseline_return)
+        if state.phase == "teacher":
+            state.replay = state.replay or make_replay("teacher")
+            if saved_replay:
+                load_teacher_buffer(state, teacher, saved_replay)
+            else:
+                with make_envs() as envs:
+                    fill_teacher_buffer(args, state, teacher, envs, checkpoint)
+            state.phase = "offline"
 
-            print("(3) the student plays and learns online")
-            coefficient = partial(
-                distill_coefficient,
-                teacher_return=state.teacher_return,
-                baseline_return=baseline_return,
-                distill_steps=args.distill_steps,
-            )
-            with make_envs() as envs:
-                train_online(args, state, teacher, coefficient, envs, writer, checkpoint)
-                state.env_states = envs.get_states()
-            save(args.exp_name)
-            final_returns = play(state.learner.student, args.eval_episodes, "final")
-            last_step = args.offline_steps + state.online_step
-            writer.add_scalar("charts/teacher/avg_episodic_return", state.teacher_return, last_step)
-            for game, episodic_return in enumerate(final_returns):
-                writer.add_scalar("eval/episodic_return", episodic_return, game)
-            print(f"student: mean return {np.mean(final_returns):.2f} over {args.eval_episodes} games")
-        except (Stopped, WorkerError):
-            if state.offline_step or state.online_step:
-                save(args.exp_name)
-            raise
-        finally:
-            writer.close()
-        run.finish()
+        if state.phase == "offline":
+            print("(2) the student learns offline from that buffer")
+            train_offline(args, state, run.writer, save_and_evaluate, checkpoint)
+            write_teacher_return(args.offline_steps)
+            state.replay = None  # before the online buffer needs the memory
+            state.replay = make_replay("online")
+            state.phase = "online"
+
+        print("(3) the student plays and learns online")
+        coefficient = partial(
+            distill_coefficient,
+            teacher_return=state.teacher_return,
+            baseline_return=baseline_return,
+            distill_steps=args.distill_steps,
+        )
+        with make_envs() as envs:
+            train_online(args, state, teacher, coefficient, envs, run.writer, checkpoint)
+            state.env_states = envs.get_states()
+        run.save_model()
+        last_step = args.offline_steps + state.online_step
+        run.report(play(state.learner.student, args.eval_episodes, "final", last_step))
+        write_teacher_return(last_step)
 
 
 if __name__ == "__main__":

@@ -373,7 +373,9 @@ assert not sys.modules["torch"].cuda.is_initialized()
 )
 def test_nonsense_ends_in_one_line_before_any_work_is_done(script, tmp_path, monkeypatch, options, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script.module, "Run", mock.Mock(side_effect=AssertionError("a run was started")))
+    monkeypatch.setattr(
+        script.module, "training_run", mock.Mock(side_effect=AssertionError("a run was started"))
+    )
     with pytest.raises(SystemExit) as end:
         script.module.main(script.module.Args(**options))
     assert end.value.code.startswith(f"error: {line}")

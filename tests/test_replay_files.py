@@ -779,7 +779,9 @@ def no_run(monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.chdir(folder)
     for module in (TORCH.dqn, JAX.dqn, TORCH.qdagger, JAX.qdagger):
-        monkeypatch.setattr(module, "Run", mock.Mock(side_effect=AssertionError("a run was started")))
+        monkeypatch.setattr(
+            module, "training_run", mock.Mock(side_effect=AssertionError("a run was started"))
+        )
     return folder
 
 

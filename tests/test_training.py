@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl.qdagger_dqn_atari_impalacnn import StudentNetwork
+from cleanrl.utils import training_run
 from cleanrl.utils.interrupts import Stopped
 from cleanrl.utils.parallel_envs import FinishedGame, StepResult, WorkerError
 
@@ -271,8 +272,9 @@ def test_the_first_game_of_each_evaluation_is_recorded(train, scalar_student):
 def test_tracking_starts_before_the_first_event_is_written(script, train, monkeypatch):
     calls = mock.Mock()
     calls.EventWriter.side_effect = RuntimeError("far enough")
-    monkeypatch.setattr(script.module, "start_tracking", calls.start_tracking)
-    monkeypatch.setattr(script.module, "EventWriter", calls.EventWriter)
+    monkeypatch.setattr(training_run, "check_tracking", mock.Mock())
+    monkeypatch.setattr(training_run, "start_tracking", calls.start_tracking)
+    monkeypatch.setattr(training_run, "EventWriter", calls.EventWriter)
     with pytest.raises(RuntimeError, match="far enough"):
         train("tracked", track=True, wandb_project_name="project", wandb_entity="team")
     (_, (name, project, entity, options), _), (_, (run_folder, mirror), _) = calls.method_calls

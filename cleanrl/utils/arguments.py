@@ -88,6 +88,8 @@ def check_arguments(args: Any) -> None:
         refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
     if args.buffer_device == "cuda" and not args.cuda:
         refuse("buffer_device", "cuda", "contradicts --no-cuda")
+    if options.get("upload_model") and not args.save_model:
+        raise SystemExit("error: --upload-model contradicts --no-save-model")
     fewest_steps = options.get("n_step", 1) * args.num_envs
     if options.get("teacher_steps", fewest_steps) < fewest_steps:
         refuse(

@@ -39,6 +39,8 @@ MAY_CHANGE = {  # from a run to its continuation, without making it another one
     "checkpoint_interval",
     "total_timesteps",
     "save_model",
+    "upload_model",
+    "hf_entity",
     "save_replay",
     "capture_video",
     "track",

@@ -5,10 +5,11 @@ nor a point of a curve: what could not be written waits until there is room.
 """
 
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import metadata as custom_scalars
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 FLUSH_INTERVAL_S = 20.0
@@ -56,6 +59,35 @@ class EventWriter:
             tensor=TensorProto(dtype=DT_STRING, string_val=[table.encode()], tensor_shape=shape),
         )
         self._add(summary=Summary(value=[text]))
+
+    def add_layout(self, layout: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Adds the page "Custom Scalars": sections by title, their charts by title, each chart's tags."""
+        sections = [
+            Category(
+                title=section,
+                chart=[
+                    # TensorBoard takes a tag for a regular expression that has to match at the start.
+                    Chart(
+                        title=title,
+                        multiline=MultilineChartContent(tag=[f"{re.escape(tag)}$" for tag in tags]),
+                    )
+                    for title, tags in charts.items()
+                ],
+            )
+            for section, charts in layout.items()
+        ]
+        content = Layout(category=sections).SerializeToString()
+        value = Summary.Value(
+            tag=custom_scalars.CONFIG_SUMMARY_TAG,
+            metadata=custom_scalars.create_summary_metadata(),
+            tensor=TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=TensorShapeProto()),
+        )
+        self._add(summary=Summary(value=[value]))
+
+    def add_animation(self, tag: str, gif: bytes, width: int, height: int, step: int) -> None:
+        """Adds a picture that moves, of `width` times `height` pixels, on the page of images."""
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def flush(self) -> None:
         """Writes what is not written yet, all of it; or, if the disk is full, nothing, and says so."""

@@ -3,8 +3,11 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     constants,
@@ -26,9 +29,21 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-LOCAL_TEACHER = (
+
+@dataclass
+class Advice:
+    """What a failure tells the user to do: what names the repo and the file, and what can be done instead."""
+
+    repo_option: str
+    file_option: str
+    alternative: str
+
+
+TEACHER = Advice(
+    "--teacher-policy-hf-repo",
+    "--teacher-model-exp-name",
     "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE"
-    " (cleanrl/teachers has Pong and Breakout)"
+    " (cleanrl/teachers has Pong and Breakout)",
 )
 
 
@@ -38,7 +53,7 @@ def teacher_filename(repo_id: str, exp_name: str) -> str:
     return f"{name}.zip" if organization == "sb3" else f"{exp_name}.cleanrl_model"
 
 
-def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
+def download(repo_id: str, filename: str, revision: str | None = None, advice: Advice = TEACHER) -> Path:
     """Returns the path, in the Hub's cache, of one file of a model repo; fetches it if it is not there.
 
     `revision` is a branch, a tag or a commit; None is the main branch. The client's own settings hold
@@ -49,40 +64,59 @@ def download(repo_id: str, filename: str, revision: str | None = None) -> Path:
     5 s plus three of the client's timeouts (10 s each by default) after the last byte that arrived, so that a
     slow download goes on for as long as it makes progress.
     """
-    # Two tries to reach the Hub fit into it, and the 3 s that the client's telemetry may take.
-    patience_s = 5 + 3 * max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    outcome: dict[str, str | Exception] = {}
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    sizes: dict[Path, int] = {}
+    try:
+        path = ask_the_hub(
+            lambda: _fetch(repo_id, filename, revision), silence_limit_s(), lambda: _has_grown(cache, sizes)
+        )
+    except Exception as error:
+        where = f"{filename} from {repo_id}" + (f" at revision {revision}" if revision else "")
+        message = (
+            f"error: cannot download {where}: {_explain(error, repo_id, advice)}; or {advice.alternative}."
+        )
+        raise SystemExit(" ".join(message.split())) from None
+    return Path(path)
 
-    def fetch() -> None:
+
+def silence_limit_s() -> float:
+    """How long the Hub may be silent: for two tries, and the 3 s that the client's telemetry may take."""
+    return 5 + 3 * max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def ask_the_hub(
+    work: Callable[[], Any], patience_s: float, has_progressed: Callable[[], bool] = lambda: False
+) -> Any:
+    """What `work` returns or raises; TimeoutError once it has made no progress for `patience_s`.
+
+    The client has no limit of its own that fits: it retries a silent server for 6.5 minutes, a stalled body
+    for ever if the server starts it anew each time, sleeps as long as Retry-After says, and nothing bounds a
+    name lookup or an upload. So it works in a thread that can be left behind.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
         try:
-            outcome["path"] = _fetch(repo_id, filename, revision)
+            outcome["result"] = work()
         except Exception as error:
             outcome["error"] = error
 
-    # The client has no limit of its own that fits: it retries a silent server for 6.5 minutes, a stalled body
-    # for ever if the server starts it anew each time, sleeps as long as Retry-After says, and nothing bounds
-    # a name lookup. So it works in a thread that can be left behind.
-    thread = threading.Thread(target=fetch, daemon=True)
-    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
-    sizes: dict[Path, int] = {}
+    thread = threading.Thread(target=run, daemon=True)
     with _quiet_client():
         thread.start()
         last_progress = time.monotonic()
         while thread.is_alive():
             thread.join(0.2)
-            if _has_grown(cache, sizes):
+            if has_progressed():
                 last_progress = time.monotonic()
             elif thread.is_alive() and time.monotonic() - last_progress > patience_s:
                 outcome["error"] = TimeoutError(f"nothing arrived for {patience_s} s")
                 break
-
     if thread.is_alive():
         hub_logging.set_verbosity(logging.CRITICAL)  # it retries until the process ends, and must not say so
-    if error := outcome.get("error"):
-        where = f"{filename} from {repo_id}" + (f" at revision {revision}" if revision else "")
-        message = f"error: cannot download {where}: {_explain(error, repo_id)}; or {LOCAL_TEACHER}."
-        raise SystemExit(" ".join(message.split()))
-    return Path(outcome["path"])
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
 
 
 def _fetch(repo_id: str, filename: str, revision: str | None) -> str:
@@ -140,7 +174,7 @@ def _quiet_client():
         constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = saved[1:]
 
 
-def _explain(error: Exception, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
     """What went wrong and what to do about it."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client's own words hide which of the many reasons it was
@@ -150,24 +184,24 @@ def _explain(error: Exception, repo_id: str) -> str:
         case OfflineModeIsEnabled():
             return "it is not in the cache and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE to download it"
         case HFValidationError():
-            return "that is not a repo id like user/name; check --teacher-policy-hf-repo"
+            return f"that is not a repo id like user/name; check {advice.repo_option}"
         case GatedRepoError():
             return f"the repo is gated; accept its terms on {endpoint}/{repo_id} and set HF_TOKEN"
         case EntryNotFoundError():
-            return "the repo has no such file; check --teacher-policy-hf-repo and --teacher-model-exp-name"
+            return f"the repo has no such file; check {advice.repo_option} and {advice.file_option}"
         case RevisionNotFoundError():
             return "the repo has no such revision; check the branch, tag or commit"
         case HfHubHTTPError() if status in (401, 403):
             return (
                 f"access refused ({status}), the repo is private or does not exist; check"
-                " --teacher-policy-hf-repo, and set HF_TOKEN to a token that may read it"
+                f" {advice.repo_option}, and set HF_TOKEN to a token that may read it"
             )
         case RepositoryNotFoundError():
-            return "there is no such repo; check --teacher-policy-hf-repo, and set HF_TOKEN if it is private"
+            return f"there is no such repo; check {advice.repo_option}, and set HF_TOKEN if it is private"
         case HfHubHTTPError() if _is_transient(error):
             return f"{endpoint} answered with error {status}; try again later"
         case HfHubHTTPError():
-            return f"{endpoint} answered with error {status}; check --teacher-policy-hf-repo and HF_ENDPOINT"
+            return f"{endpoint} answered with error {status}; check {advice.repo_option} and HF_ENDPOINT"
         case FileMetadataError():
             return f"{endpoint} does not answer like the Hub; check HF_ENDPOINT, proxy and firewall"
         case OSError() if error.errno:

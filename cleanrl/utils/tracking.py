@@ -3,6 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
+INSTALL = "pip install -r requirements/requirements-track.txt"
+INIT_TIMEOUT_S = 60.0
+
+
+def check_tracking() -> None:
+    """Sees to it that a run can be tracked, without asking anything: a job has nobody who could answer.
+
+    Raises:
+        SystemExit: with one line, if wandb is not installed, or nobody is logged in and it is not offline.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise SystemExit(
+            f"error: --track needs Weights & Biases, which is not installed; {INSTALL}, or leave --track out"
+        ) from None
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise SystemExit(
+            "error: --track: nobody is logged in to Weights & Biases; run wandb login, set WANDB_API_KEY, or"
+            " set WANDB_MODE=offline and send the run later with wandb sync"
+        )
+
 
 def start_tracking(
     run_name: str, project: str, entity: str | None, options: dict[str, Any]
@@ -12,23 +34,27 @@ def start_tracking(
     Returns the function that logs a point: tag, value, step.
 
     Raises:
-        SystemExit: with one line, if wandb is not installed.
+        SystemExit: with one line, if Weights & Biases cannot be reached or refuses the run.
     """
+    import wandb
+
     try:
-        import wandb
-    except ImportError:
+        run = wandb.init(
+            project=project,
+            entity=entity,
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            config=options,
+            save_code=True,
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S),
+        )
+    except wandb.Error as error:
+        fault = " ".join(str(error).split())
         raise SystemExit(
-            "error: --track needs Weights & Biases; pip install wandb, or leave --track out"
+            f"error: --track: Weights & Biases does not take the run ({fault}); set WANDB_MODE=offline and"
+            " send it later with wandb sync"
         ) from None
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        name=run_name,
-        id=run_name,
-        resume="allow",
-        config=options,
-        save_code=True,
-    )
     # Each curve has steps of its own: games end at other steps than losses are written.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

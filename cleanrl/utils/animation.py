@@ -1,0 +1,49 @@
+"""A game's video as a small picture that moves, for TensorBoard."""
+
+import io
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+FRAMES_PER_PICTURE = 4  # those of one action
+PICTURE_MS = 1000 * FRAMES_PER_PICTURE // 60  # an Atari shows 60 frames a second
+MOST_PICTURES = 300  # 20 seconds of play
+NUM_COLOURS = 64
+
+
+class Animation(NamedTuple):
+    """An animated GIF, and its size in pixels."""
+
+    gif: bytes
+    width: int
+    height: int
+
+
+def animate(video: Path) -> Animation:
+    """The start of a game at half the video's size and the speed of the console, a picture per four frames.
+
+    A picture is the pixel-wise maximum of the last two of its frames, as what the agent sees is: some games
+    show a thing only in every other frame.
+
+    Raises:
+        OSError: the file is no video.
+    """
+    from moviepy import VideoFileClip  # takes half a second, which most runs and all their workers can save
+
+    with VideoFileClip(str(video), audio=False) as clip:
+        frames = islice(clip.iter_frames(), FRAMES_PER_PICTURE * MOST_PICTURES)
+        pictures = []
+        while taken := list(islice(frames, FRAMES_PER_PICTURE)):
+            picture = Image.fromarray(np.max(taken[-2:], axis=0))
+            pictures.append(picture.reduce(2))
+
+    # One palette for all, of pictures from start to end: each with its own would double the file.
+    samples = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::30]]))
+    palette = samples.quantize(NUM_COLOURS)
+    first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    content = io.BytesIO()
+    first.save(content, "GIF", save_all=True, append_images=others, duration=PICTURE_MS, loop=0)
+    return Animation(content.getvalue(), *first.size)
