@@ -1,5 +1,7 @@
 """A local server that speaks enough of the Hub's protocol for the real client, and fails in chosen ways."""
 
+import base64
+import json
 import re
 import threading
 from hashlib import sha256
@@ -17,40 +19,6 @@ ERRORS = {
     "server_error": (503, None),
     "retry_after": (429, None),
 }
-
-
-class HubServer(ThreadingHTTPServer):
-    """Serves `content` as every file of every repo. `mode` may be changed while it runs:
-
-    ok, any of ERRORS, redirect (the file is on another host, as large files of the Hub are), no_hub (a web
-    server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
-    apart), and with only the first half of the body arriving: stalled, stalled_anew (each time from the start
-    again), truncated.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, content: bytes, mode: str = "ok", pause_s: float = 0.2):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.mode, self.pause_s = content, mode, pause_s
-        self.requests: list[tuple[str, str, dict[str, str]]] = []
-        self.stopped = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopped.set()
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, *_):
-        """Nothing to report where a client that gave up has closed the connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -81,13 +49,14 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
 
-        etag = f'"{sha256(server.content).hexdigest()}"'
+        content = server.content_of(self.path)
+        etag = f'"{sha256(content).hexdigest()}"'
         if mode == "redirect" and not self.path.startswith("/cdn/"):
             self.send_response(302)
             self.send_header("Location", f"http://localhost:{server.server_port}/cdn/blob")
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("X-Linked-Etag", etag)
-            self.send_header("X-Linked-Size", str(len(server.content)))
+            self.send_header("X-Linked-Size", str(len(content)))
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -99,23 +68,202 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", etag)
         if start:
-            self.send_header(
-                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
-            )
-        self.send_header("Content-Length", str(len(server.content) - start))
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if with_body:
-            self.send_body(start)
+            self.send_body(content, start)
 
-    def send_body(self, start: int) -> None:
+    def send_body(self, content: bytes, start: int) -> None:
         server, mode = self.server, self.server.mode
-        size = len(server.content)
+        size = len(content)
         end = size // 2 if mode in ("stalled", "stalled_anew", "truncated") else size
         piece = size // 20 if mode == "slow" else size
         for position in range(start, end, piece):
-            self.wfile.write(server.content[position : min(position + piece, end)])
+            self.wfile.write(content[position : min(position + piece, end)])
             self.wfile.flush()
             if mode == "slow":
                 server.stopped.wait(server.pause_s)
         if mode.startswith("stalled"):
             server.stopped.wait()
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves `content` as every file of every repo. `mode` may be changed while it runs:
+
+    ok, any of ERRORS, redirect (the file is on another host, as large files of the Hub are), no_hub (a web
+    server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
+    apart), and with only the first half of the body arriving: stalled, stalled_anew (each time from the start
+    again), truncated.
+    """
+
+    daemon_threads = True
+    handler = Handler
+
+    def __init__(self, content: bytes, mode: str = "ok", pause_s: float = 0.2):
+        super().__init__(("127.0.0.1", 0), self.handler)
+        self.content, self.mode, self.pause_s = content, mode, pause_s
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.stopped = threading.Event()
+
+    def content_of(self, path: str) -> bytes:
+        return self.content
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *_):
+        """Nothing to report where a client that gave up has closed the connection."""
+
+
+class UploadHandler(Handler):
+    """The upload half: accounts, repos, commits, and large files (LFS) beside them."""
+
+    def do_GET(self):
+        if self.path.startswith("/api/whoami"):
+            self.take("whoami", self.whoami)
+        elif "/tree/" in self.path:
+            self.take("tree", self.tree)
+        else:
+            super().do_GET()
+
+    def do_POST(self):
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        for end, step in {
+            "/api/repos/create": self.create,
+            "/api/validate-yaml": lambda: {"errors": [], "warnings": []},
+            "/preupload/main": self.preupload,
+            "/info/lfs/objects/batch": self.lfs_batch,
+            "/commit/main": self.commit,
+        }.items():
+            if self.path.endswith(end):
+                self.take(end, step)
+                return
+        self.reply(404)
+
+    def do_PUT(self):
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.take("lfs", self.store)
+
+    def take(self, step: str, answer) -> None:
+        server = self.server
+        server.steps.append(step)
+        if server.fails_at and server.fails_at in step:
+            if server.mode == "silent":
+                server.stopped.wait()
+            self.reply(ERRORS[server.mode][0])
+        elif self.headers.get("authorization") != f"Bearer {server.token}" and step != "lfs":
+            self.reply(401)
+        else:
+            self.reply(200, answer())
+
+    def reply(self, status: int, answer: object = None) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def whoami(self):
+        return self.server.account
+
+    def create(self):
+        wanted = json.loads(self.body)
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        self.server.repos.setdefault(repo_id, {})
+        return {"url": f"{self.server.url}/{repo_id}", "id": repo_id}
+
+    def repo_of_path(self) -> str:
+        return re.search(r"([\w.-]+/[\w.-]+?)(\.git/|/preupload|/commit|/tree)", self.path)[1]
+
+    def tree(self):
+        files = self.server.repos[self.repo_of_path()]
+        return [
+            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+            for path, (content, _) in files.items()
+        ]
+
+    def preupload(self):
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            try:
+                base64.b64decode(file["sample"]).decode()
+                is_text = True
+            except UnicodeDecodeError:
+                is_text = False
+            mode = "regular" if is_text and file["size"] < 10_000_000 else "lfs"
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        return {"files": answers}
+
+    def lfs_batch(self):
+        wanted = json.loads(self.body)["objects"]
+        url = self.server.url
+        objects = [
+            {**file, "actions": {"upload": {"href": f"{url}/lfs/{file['oid']}"}}}
+            for file in wanted
+            if file["oid"] not in self.server.large_files
+        ]
+        return {"transfer": "basic", "objects": objects}
+
+    def store(self):
+        oid = sha256(self.body).hexdigest()
+        assert self.path == f"/lfs/{oid}"
+        self.server.large_files[oid] = self.body
+
+    def commit(self):
+        server, repo_id = self.server, self.repo_of_path()
+        files = server.repos[repo_id]
+        for line in self.body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            match operation["key"]:
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"]), "regular"
+                case "lfsFile":
+                    content = server.large_files[value["oid"]]
+                    assert len(content) == value["size"]
+                    files[value["path"]] = content, "lfs"
+                case "deletedFile":
+                    del files[value["path"]]
+                case "header":
+                    server.commits.append(value["summary"])
+        return {"success": True, "commitUrl": f"{server.url}/{repo_id}/commit/{COMMIT}", "commitOid": COMMIT}
+
+
+class UploadServer(HubServer):
+    """Takes uploads as well. `repos` are files by repo and path: their content, and "regular" or "lfs".
+
+    With `fails_at`, one of whoami, create, preupload, lfs, commit, that step fails in the way of `mode`.
+    """
+
+    handler = UploadHandler
+
+    def __init__(self, token: str = "hf_secret"):
+        super().__init__(b"")
+        self.token = token
+        self.account = {
+            "type": "user",
+            "name": "alice",
+            "orgs": [{"name": "lab", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}],
+            "auth": {"type": "access_token", "accessToken": {"displayName": "x", "role": "write"}},
+        }
+        self.fails_at: str | None = None
+        self.repos: dict[str, dict[str, tuple[bytes, str]]] = {}
+        self.large_files: dict[str, bytes] = {}
+        self.steps: list[str] = []
+        self.commits: list[str] = []
+
+    def content_of(self, path: str) -> bytes:
+        repo_id, name = re.match(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path).groups()
+        return self.repos[repo_id][name][0]

@@ -88,7 +88,7 @@ def command_line(args: Any, script: Path) -> str:
     words = ["python", f"cleanrl/{script.name}"]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if value == field.default or field.name == "resume":
+        if value == field.default or field.name in ("resume", "upload_model", "hf_entity"):
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
@@ -125,8 +125,9 @@ def write_card(folder: Path, repo_id: str, args: Any, script: Path, returns: Seq
 
 # {method} on {args.env_id}
 
-Mean return **{mean:.2f} ± {std:.2f}** (standard deviation) over {len(returns)} games of the final evaluation: whole
-games, rewards unclipped, ε = {args.end_e}. The returns: {", ".join(f"{value:g}" for value in returns)}.
+Mean return **{mean:.2f} ± {std:.2f}** (standard deviation) over the {len(returns)} games of the final
+evaluation: whole games, rewards unclipped, ε = {args.end_e}.
+The returns: {", ".join(f"{value:g}" for value in returns)}.
 
 ## Watch it play
 

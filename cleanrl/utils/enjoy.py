@@ -1,0 +1,167 @@
+"""Plays with a trained student or teacher, in a window or into a video.
+
+    python -m cleanrl.utils.enjoy --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
+    python -m cleanrl.utils.enjoy --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
+
+A program, no part of the training: it alone imports the scripts, for their networks and wrappers.
+"""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+from cleanrl.utils.arguments import refuse
+from cleanrl.utils.atari import count_actions
+from cleanrl.utils.hub import Advice, download, teacher_filename
+from cleanrl.utils.interrupts import exit_on_ctrl_c
+from cleanrl.utils.weights import fit_weights, flatten, read_weights, unflatten
+
+ADVICE = Advice("--hf-repo", "--hf-file", "play a local one with --model-path FILE")
+GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
+
+
+@dataclass
+class Args:
+    model_path: Path | None = None
+    """a student or a teacher in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
+    hf_repo: str | None = None
+    """or its repository on the Hub"""
+    hf_file: str | None = None
+    """its file there (default: {exp_name}.cleanrl_model of a repository {env_id}-{exp_name}-seed{seed})"""
+    env_id: str | None = None
+    """the game, as {Game}NoFrameskip-v4 (default: the one in the path or in the repository's name)"""
+    games: int = 3
+    """games to play"""
+    seed: int = 1
+    """seed of the games and of the random actions"""
+    epsilon: float = 0.01
+    """the probability of a random action"""
+    video_folder: Path | None = None
+    """where to write an mp4 of each game, instead of opening a window"""
+
+
+def find_model(args: Args) -> tuple[Path, str]:
+    """The weights' file, downloaded if need be, and the game.
+
+    Raises:
+        SystemExit: with one line, if there is no such file or it is not clear which game it is for.
+    """
+    if (args.model_path is None) == (args.hf_repo is None):
+        raise SystemExit("error: name the model with one of --model-path and --hf-repo")
+    name = args.hf_repo or args.model_path.as_posix()
+    env_id = args.env_id or next(reversed(GAME.findall(name)), None)
+    if env_id is None:
+        raise SystemExit(f"error: {name} does not name its game; use --env-id, as PongNoFrameskip-v4")
+    count_actions(env_id)
+    if args.model_path:
+        return args.model_path, env_id
+    published = re.fullmatch(rf"{re.escape(env_id)}-(.+)-seed\d+", name.rpartition("/")[2])
+    if not (args.hf_file or published or name.startswith("sb3/")):
+        raise SystemExit(f"error: --hf-repo {name} does not name its file; use --hf-file")
+    filename = args.hf_file or teacher_filename(name, published and published[1])
+    return download(name, filename, advice=ADVICE), env_id
+
+
+def load_player(path: Path, env_id: str) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[..., gym.Env]]:
+    """From a file of weights to the function of `evaluate` that gives Q-values, and the game's `make_env`.
+
+    Raises:
+        SystemExit: with one line, if the file cannot be used, for this game or with what is installed.
+    """
+    weights = read_weights(path)
+    is_flax = any(name.startswith("params/") for name in weights)
+    is_student = "network.0.conv.weight" in weights or "params/ConvSequence_0/Conv_0/kernel" in weights
+    # A student stays with its framework: their max-poolings pad differently. A teacher has none.
+    use_jax = is_flax if is_student else find_spec("torch") is None
+    framework, suffix, packages = ("jax", "_jax", "jax") if use_jax else ("torch", "", "atari")
+    if find_spec(framework) is None:
+        raise SystemExit(
+            f"error: {path} is a student of {framework}, which is not installed;"
+            f" pip install -r requirements/requirements-{packages}.txt"
+        )
+    script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{suffix}_impalacnn")
+    if is_student:
+        dense_bias = weights.get("params/Dense_0/bias" if is_flax else "network.5.bias", np.zeros(256))
+        network = script.StudentNetwork(count_actions(env_id), len(dense_bias))
+    else:
+        network = script.TeacherNetwork(count_actions(env_id))
+    fit = partial(fit_weights, weights, source=str(path), role="student" if is_student else "teacher")
+    if use_jax:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))
+        q_function = script.QFunction(unflatten(fit(flatten(shapes))), network)
+        return partial(script.compute_q_values, q_function), script.make_env
+    import torch
+
+    fitted = fit(network.state_dict())
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in fitted.items()})
+    return partial(script.compute_q_values, network, torch.device("cpu")), script.make_env
+
+
+def open_window(env: gym.Env) -> None:
+    """What ALE does for render_mode "human", from the next seeded reset on; but without sound.
+
+    Where there is no sound card, its library would fill the screen with complaints.
+    """
+    if sys.platform == "linux":  # or SDL would take a window that nobody sees where there is no display
+        os.environ.setdefault("SDL_VIDEODRIVER", "wayland,x11")
+    env.unwrapped.ale.setBool("display_screen", True)
+
+
+def play(env: gym.Env, q_values: Callable[[np.ndarray], np.ndarray], seed: int, epsilon: float) -> float:
+    """Plays one whole game and gives its return, unclipped."""
+    rng = np.random.default_rng(seed)
+    observation, _ = env.reset(seed=seed)
+    while True:
+        action = q_values(observation[None])[0].argmax()
+        if rng.random() < epsilon:
+            action = rng.integers(env.action_space.n)
+        observation, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:  # a life at least; the reset tells whether the game was over
+            observation, info = env.reset()
+            if "episode" in info:
+                return info["episode"]["r"]
+
+
+def main(args: Args) -> None:
+    if args.games < 1:
+        refuse("games", args.games, "must be at least 1")
+    if args.seed < 0:
+        refuse("seed", args.seed, "must be at least 0")
+    if not 0 <= args.epsilon <= 1:
+        refuse("epsilon", args.epsilon, "must lie between 0 and 1")
+    path, env_id = find_model(args)
+    q_values, make_env = load_player(path, env_id)
+    returns = []
+    for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games)):
+        env = make_env(env_id, video_folder=args.video_folder and args.video_folder / f"game-{game + 1}")
+        if not args.video_folder:
+            open_window(env)
+        try:
+            returns.append(play(env, q_values, int(seed), args.epsilon))
+        except RuntimeError as error:
+            if "SDL" not in str(error):
+                raise
+            raise SystemExit(
+                "error: there is no display for a window; write videos with --video-folder FOLDER"
+            ) from None
+        env.close()
+        print(f"game {game + 1}: return {returns[-1]:g}")
+    print(f"mean return {np.mean(returns):.2f} over {args.games} games")
+
+
+if __name__ == "__main__":
+    exit_on_ctrl_c()
+    main(tyro.cli(Args, description=__doc__))
