@@ -60,12 +60,13 @@ LAYOUT = {  # of the curves that are read together, on TensorBoard's page "Custo
             "charts/episodic_return",
         ]
     },
-    "losses": {
-        "offline": ["charts/offline/loss", "charts/offline/q_loss", "charts/offline/distill_loss"],
-        "online": ["losses/loss", "losses/td_loss", "losses/distill_loss"],
-        "mean of Q(s, a), online": ["losses/q_values"],
+    "losses, offline and online": {
+        "TD loss": ["charts/offline/q_loss", "losses/td_loss"],
+        "distillation loss": ["charts/offline/distill_loss", "losses/distill_loss"],
+        "sum": ["charts/offline/loss", "losses/loss"],
+        "mean of Q(s, a)": ["losses/q_values"],
     },
-    "λ and ε": {"distillation coefficient λ and ε": ["charts/distill_coeff", "charts/epsilon"]},
+    "λ and ε": {"distillation coefficient λ": ["charts/distill_coeff"], "ε": ["charts/epsilon"]},
     "speed": {"environment steps per second": ["charts/SPS"]},
 }
 

@@ -1,25 +1,106 @@
-"""--track hands the curves over to Weights & Biases."""
+"""--track hands the curves over to Weights & Biases: with the real client, offline, read back from its file."""
 
+import json
+import os
+import struct
+import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
-from cleanrl.utils.tracking import start_tracking
+from cleanrl.utils.tracking import check_tracking, start_tracking
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "--env-id PongNoFrameskip-v4 --total-timesteps 64 --learning-starts 16 --num-envs 2 --buffer-size 40"
+    " --batch-size 8 --eval-episodes 1 --no-cuda --track --wandb-project-name pong"
+)
 
 
-def test_wandb_gets_every_point_and_a_resumed_run_stays_one(monkeypatch):
+def run_tracked(folder: Path, *options: str, **settings: str) -> tuple[int, str]:
+    """Runs `dqn_atari.py` for a short time where nobody is logged in; returns the status and what it said."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "cleanrl" / "dqn_atari.py"), *TINY.split(), *options],
+        cwd=folder, env=clean | {"HOME": str(folder)} | settings, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    return process.returncode, process.stdout
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Those of an offline run's file: LevelDB's log format, behind a header of 7 bytes."""
+    data, position, content = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        content += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(content)
+            content = b""
+
+
+def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
+    status, output = run_tracked(tmp_path, WANDB_MODE="offline")
+    assert status == 0, output
+    assert "wandb sync" in output  # says how to send it
+    (run_folder,) = (tmp_path / "runs").iterdir()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert path.name == f"run-{run_folder.name}.wandb"
+
+    points: dict[str, list[tuple[int, float]]] = {}
+    options, project = {}, None
+    for record in records(path):
+        if record.WhichOneof("record_type") == "run":
+            options |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            project = record.run.project
+        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        for tag in items.keys() - {"step"}:
+            if not tag.startswith("_"):
+                points.setdefault(tag, []).append((int(items["step"]), float(items[tag])))
+    assert project == "pong"
+    assert (options["env_id"], options["seed"], options["gamma"]) == ("PongNoFrameskip-v4", 1, 0.99)
+
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
+    events.Reload()
+    expected = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert points.keys() == expected.keys() >= {"losses/td_loss", "charts/epsilon", "eval/episodic_return"}
+    for tag, curve in expected.items():
+        assert [step for step, _ in points[tag]] == [step for step, _ in curve]
+        values = [value for _, value in points[tag]]
+        assert values == pytest.approx([value for _, value in curve], rel=1e-6)  # TensorBoard's are float32
+
+
+def test_where_nobody_is_logged_in_one_line_and_no_question_ends_the_command(tmp_path):
+    status, output = run_tracked(tmp_path)
+    assert status == 1
+    (line,) = output.splitlines()
+    assert line.startswith("error: --track: nobody is logged in to Weights & Biases; run wandb login")
+    assert "WANDB_MODE=offline" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_stays_one(monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = start_tracking("run", "project", None, {"seed": 1})
+    start_tracking("run", "project", None, {"seed": 1})
     settings = wandb.init.call_args.kwargs
-    assert (settings["name"], settings["project"], settings["config"]) == ("run", "project", {"seed": 1})
     assert (settings["id"], settings["resume"]) == ("run", "allow")
-    log("charts/a", 0.5, 10)
-    wandb.init().log.assert_called_once_with({"charts/a": 0.5, "step": 10})
 
 
 def test_without_wandb_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match=r"^error: --track .*pip install wandb"):
-        start_tracking("run", "project", None, {})
+    with pytest.raises(SystemExit) as end:
+        check_tracking()
+    assert end.value.code.startswith("error: --track needs Weights & Biases, which is not installed; ")
+    assert "pip install -r requirements/requirements-track.txt" in end.value.code
+    assert (ROOT / "requirements" / "requirements-track.txt").is_file()
