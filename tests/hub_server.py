@@ -168,7 +168,7 @@ class UploadHandler(Handler):
             self.reply(200, answer())
 
     def reply(self, status: int, answer: object = None) -> None:
-        content = json.dumps(answer).encode()
+        content = json.dumps(answer if status == 200 else {"error": "no"}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

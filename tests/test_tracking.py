@@ -1,4 +1,4 @@
-"""--track hands the curves over to Weights & Biases: with the real client, offline, read back from its file."""
+"""--track mirrors the curves to Weights & Biases: the real client, offline, and its file read back."""
 
 import json
 import os

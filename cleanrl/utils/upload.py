@@ -212,6 +212,8 @@ def upload(folder: Path, entity: str | None = None) -> None:
 
 def _explain(error: Exception) -> str:
     """What went wrong and what to do about it, in one line."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of a large file: the client says only which
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     match error:
         case OfflineModeIsEnabled():

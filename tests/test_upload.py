@@ -1,0 +1,265 @@
+"""--upload-model with the real huggingface_hub client, against a local server that keeps what arrives."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from hub_server import UploadServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cleanrl import dqn_atari, dqn_atari_jax
+from cleanrl.utils.arguments import check_arguments
+from cleanrl.utils.upload import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "PongNoFrameskip-v4-mine-seed3"
+TINY = [
+    "--env-id", "PongNoFrameskip-v4", "--exp-name", "mine", "--seed", "3", "--total-timesteps", "64",
+    "--learning-starts", "16", "--num-envs", "2", "--buffer-size", "40", "--batch-size", "8",
+    "--eval-episodes", "3", "--end-e", "1", "--no-cuda", "--capture-video", "--upload-model",
+]  # fmt: skip
+
+
+def run(folder: Path, endpoint: str, *command: str, **settings: str) -> SimpleNamespace:
+    """Runs Python in `folder`; the client reads its settings when it is imported."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.endswith("_proxy")}
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=clean | ours | {"HF_TOKEN": "hf_secret"} | settings,
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    elapsed_s = time.monotonic() - started
+    return SimpleNamespace(
+        status=process.returncode, out=process.stdout, err=process.stderr, elapsed_s=elapsed_s
+    )
+
+
+def upload(folder: Path, server: UploadServer, *options: str, **settings: str) -> SimpleNamespace:
+    (run_folder,) = (folder / "runs").iterdir()
+    relative = str(run_folder.relative_to(folder))
+    return run(folder, server.url, "-m", "cleanrl.utils.upload", relative, *options, **settings)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory) -> SimpleNamespace:
+    """A run whose upload failed when it came to its end: the server did not take the commit."""
+    folder = tmp_path_factory.mktemp("failed")
+    with UploadServer() as server:
+        server.fails_at, server.mode = "commit", "server_error"
+        outcome = run(folder, server.url, str(ROOT / "cleanrl" / "dqn_atari.py"), *TINY)
+        (run_folder,) = (folder / "runs").iterdir()
+        outcome.folder, outcome.run_folder, outcome.steps = folder, run_folder, server.steps
+        return outcome
+
+
+@pytest.fixture
+def server():
+    with UploadServer() as server:
+        yield server
+
+
+def test_a_failure_at_the_end_loses_nothing_and_says_how_to_go_on(failed):
+    assert failed.status == 1
+    assert "Traceback" not in failed.err
+    line = failed.err.splitlines()[-1]
+    assert re.match(r"error: no upload to the Hub: http://127\.0\.0\.1:\d+ answered with error 503", line)
+    assert line.endswith(f"upload it later with python -m cleanrl.utils.upload runs/{failed.run_folder.name}")
+    assert failed.steps[0] == "whoami"
+    files = {path.relative_to(failed.run_folder).as_posix() for path in failed.run_folder.rglob("*")}
+    assert files >= {"mine.cleanrl_model", "README.md", "dqn_atari.py", "videos/final/rl-video-episode-0.mp4"}
+    assert "checkpoints" not in files  # the run has come to its end
+
+
+def test_all_that_makes_a_model_arrives_as_it_is(failed, server):
+    (failed.run_folder / "mine-offline.cleanrl_model").write_bytes(b"an older one")
+    outcome = upload(failed.folder, server)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == f"uploaded: {server.url}/alice/{NAME}"
+    (files,) = server.repos.values()
+    assert list(server.repos) == [f"alice/{NAME}"]
+    (events,) = (path.name for path in failed.run_folder.glob("events.*"))
+    sources = {"dqn_atari.py": ROOT / "cleanrl" / "dqn_atari.py"}
+    sources |= {name: ROOT / name for name in ("pyproject.toml", "poetry.lock")}
+    from_run = ("README.md", "mine.cleanrl_model", events, "videos/final/rl-video-episode-0.mp4")
+    sources |= {name: failed.run_folder / name for name in from_run}
+    assert files.keys() == sources.keys()
+    for name, path in sources.items():
+        assert files[name][0] == path.read_bytes()
+    large = {name for name, (_, mode) in files.items() if mode == "lfs"}
+    assert large == {"mine.cleanrl_model", events, "videos/final/rl-video-episode-0.mp4"}
+    assert tomllib.loads(files["pyproject.toml"][0].decode())["project"]["name"] == "qdagger-atari"
+
+
+def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
+    _, header, text = (failed.run_folder / "README.md").read_text("utf-8").split("---\n", 2)
+    events = EventAccumulator(str(failed.run_folder))
+    events.Reload()
+    returns = [event.value for event in events.Scalars("eval/episodic_return")]
+    assert len(returns) == 3
+    assert np.std(returns) > 0  # all actions are random
+    mean_and_std = f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}"
+    (model,) = yaml.safe_load(header)["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == NAME
+    assert result["dataset"]["type"] == "PongNoFrameskip-v4"
+    (metric,) = result["metrics"]
+    assert (metric["type"], metric["value"]) == ("mean_reward", mean_and_std)
+    assert {"PongNoFrameskip-v4", "reinforcement-learning", "dqn"} <= set(yaml.safe_load(header)["tags"])
+    assert f"**{mean_and_std.replace('+/-', '±')}** (standard deviation) over the 3 games" in text
+    assert f"python -m cleanrl.utils.enjoy --hf-repo alice/{NAME}\n" in text
+    shown = [option for option in TINY if option != "--upload-model"]
+    (command,) = re.findall(r"python cleanrl/dqn_atari\.py (.*)", text)
+    assert sorted(command.split()) == sorted(["1.0" if option == "1" else option for option in shown])
+    for option, value in (("exp_name", "mine"), ("gamma", "0.99"), ("hf_entity", "alice")):
+        assert f"| `{option}` | {value} |" in text
+
+
+def test_what_the_repo_held_of_an_earlier_run_goes_and_what_else_it_held_stays(failed, server):
+    files = {"events.out.tfevents.1": b"old", "videos/final/old.mp4": b"old", "notes.txt": b"mine"}
+    server.repos[f"lab/{NAME}"] = {name: (content, "regular") for name, content in files.items()}
+    before = (failed.run_folder / "README.md").read_text("utf-8")
+    outcome = upload(failed.folder, server, "--hf-entity", "lab")
+    assert outcome.status == 0, outcome.err
+    files = server.repos[f"lab/{NAME}"]
+    assert not files.keys() & {"events.out.tfevents.1", "videos/final/old.mp4"}
+    assert files["notes.txt"][0] == b"mine"
+    card = files["README.md"][0].decode()
+    assert card == before.replace(f"alice/{NAME}", f"lab/{NAME}")
+    assert f"--hf-repo lab/{NAME}" in card
+
+
+def test_a_published_model_can_be_played(failed, server):
+    uploaded = upload(failed.folder, server, "--hf-entity", "alice")
+    assert uploaded.status == 0, uploaded.err
+    options = ["--hf-repo", f"alice/{NAME}", "--games", "1", "--video-folder", "videos"]
+    outcome = run(failed.folder, server.url, "-m", "cleanrl.utils.enjoy", *options)
+    assert outcome.status == 0, outcome.err
+    game, mean = outcome.out.splitlines()
+    episodic_return = float(re.fullmatch(r"game 1: return (\S+)", game)[1])
+    assert -21 <= episodic_return < 21
+    assert mean == f"mean return {episodic_return:.2f} over 1 games"
+    assert (failed.folder / "videos" / "game-1" / "rl-video-episode-0.mp4").stat().st_size > 10_000
+
+
+def set_account(**changes):
+    return lambda server: server.account.update(changes)
+
+
+def set_failure(step: str, mode: str):
+    return lambda server: vars(server).update(fails_at=step, mode=mode)
+
+
+READ_TOKEN = {"accessToken": {"displayName": "x", "role": "read"}}
+SHORT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+# name: (what is wrong with the server, options, settings, what the line must say)
+REFUSALS = {
+    "no_token": (None, [], {"HF_TOKEN": ""}, "there is no token; run hf auth login, or set HF_TOKEN"),
+    "bad_token": (None, [], {"HF_TOKEN": "hf_other"}, r"the Hub refuses the token \(401\); set HF_TOKEN"),
+    "read_token": (set_account(auth=READ_TOKEN), [], {}, "the token of alice may only read; set HF_TOKEN"),
+    "foreign": (
+        None,
+        ["--hf-entity", "else"],
+        {},
+        "may not write to --hf-entity else; use one of alice, lab",
+    ),
+    "reader": (None, ["--hf-entity", "museum"], {}, "may not write to --hf-entity museum; use one of"),
+    "bad_name": (None, ["--exp-name", "a b"], {}, "PongNoFrameskip-v4-a b-seed3 is no name of a repo"),
+    "offline": (None, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it"),
+    "down": (set_failure("whoami", "server_error"), [], {}, "answered with error 503; try again later"),
+    "silent": (set_failure("whoami", "silent"), [], SHORT, "stopped answering"),
+    "refused": (None, [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9: ConnectError"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """All of them side by side: the check of a training script, without the seconds that its imports take."""
+    code = """
+import sys
+from types import SimpleNamespace
+from cleanrl.utils.training_run import check_services
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+check_services(SimpleNamespace(
+    track=False, upload_model=True, hf_entity=options.get("--hf-entity"), env_id="PongNoFrameskip-v4",
+    exp_name=options.get("--exp-name", "mine"), seed=3,
+))
+"""
+    folders = {name: tmp_path_factory.mktemp(name) for name in REFUSALS}
+
+    def refuse(name: str) -> SimpleNamespace:
+        change, options, settings, _ = REFUSALS[name]
+        with UploadServer() as server:
+            if change:
+                change(server)
+            return run(folders[name], server.url, "-c", code, *options, **settings)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(REFUSALS, pool.map(refuse, REFUSALS), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_would_fail_at_the_end_is_one_line_before_any_work(name, refusals):
+    outcome, words = refusals[name], REFUSALS[name][3]
+    assert (outcome.status, outcome.out) == (1, "")
+    assert re.fullmatch(rf"error: no upload to the Hub: .*{words}.*\n", outcome.err), outcome.err
+    assert outcome.elapsed_s < 40
+
+
+FAILURES = {
+    "create_refused": (set_failure("create", "gated"), {}, r"the Hub refuses the token \(403\)"),
+    "file_refused": (set_failure("lfs", "gated"), {}, r"the Hub refuses the token \(403\)"),
+    "no_token_any_more": (None, {"HF_TOKEN": ""}, "there is no token"),
+    "silent": (set_failure("preupload", "silent"), SHORT, "stopped answering"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_upload_that_fails_can_be_done_again(name, failed, server):
+    change, settings, words = FAILURES[name]
+    if change:
+        change(server)
+    model = failed.run_folder / "mine.cleanrl_model"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000])  # the larger, the longer a silent server is waited for
+    outcome = upload(failed.folder, server, **settings)
+    model.write_bytes(whole)
+    assert outcome.status == 1
+    assert outcome.elapsed_s < 60
+    assert re.fullmatch(
+        rf"error: no upload to the Hub: .*{words}.*; nothing is lost, upload it later with"
+        rf" python -m cleanrl\.utils\.upload runs/{failed.run_folder.name}\n",
+        outcome.err,
+    ), outcome.err
+    assert not any(server.repos.values())
+    server.fails_at = None
+    assert upload(failed.folder, server).status == 0
+
+
+def test_a_folder_that_is_no_run_to_be_uploaded_is_one_line(tmp_path, server):
+    outcome = run(tmp_path, server.url, "-m", "cleanrl.utils.upload", "nowhere")
+    assert (outcome.status, len(outcome.err.splitlines())) == (1, 1)
+    assert outcome.err.startswith("error: nowhere cannot be uploaded")
+    assert server.steps == []
+
+
+def test_a_model_that_is_not_saved_cannot_be_uploaded():
+    with pytest.raises(SystemExit, match=r"^error: --upload-model contradicts --no-save-model$"):
+        check_arguments(dqn_atari.Args(upload_model=True, save_model=False))
+
+
+def test_the_command_line_is_what_differs_from_the_defaults():
+    args = dqn_atari_jax.Args(save_model=False, seed=2, save_replay=Path("my replay"), resume="runs/x")
+    script = Path("/somewhere/dqn_atari_jax.py")
+    expected = "python cleanrl/dqn_atari_jax.py --seed 2 --no-save-model --save-replay 'my replay'"
+    assert command_line(args, script) == expected
+    assert command_line(dqn_atari_jax.Args(), script) == "python cleanrl/dqn_atari_jax.py"
