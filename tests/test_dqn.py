@@ -321,6 +321,12 @@ def test_an_option_that_qdagger_has_too_has_the_same_default(script):
     assert {name: defaults[name] for name in shared} == {name: defaults_of_qdagger[name] for name in shared}
 
 
+def test_the_layout_holds_the_curves_of_training_each_once(script):
+    tags = [tag for charts in script.module.LAYOUT.values() for chart in charts.values() for tag in chart]
+    expected = (TAGS | {"charts/episodic_return"}) - {"eval/episodic_return", "charts/episodic_length"}
+    assert sorted(tags) == sorted(expected)
+
+
 def test_the_environment_is_the_same_text_as_in_the_qdagger_scripts(script):
     """So that what test_environment.py says of those scripts holds for these."""
 

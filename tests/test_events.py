@@ -1,11 +1,17 @@
 """Event files as TensorBoard itself reads them, also after a disk that was full."""
 
 import errno
+import io
+import json
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -41,6 +47,62 @@ def test_options_are_a_table(tmp_path):
     assert events.SummaryMetadata("hyperparameters/text_summary").plugin_data.plugin_name == "text"
     (event,) = events.Tensors("hyperparameters/text_summary")
     assert event.tensor_proto.string_val == [b"|option|value|\n|-|-|\n|seed|1|\n|env_id|Pong|"]
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer")  # of TensorBoard's own pages
+def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
+    """Asked as its pages ask."""
+    from tensorboard.program import TensorBoard  # warns
+
+    (tmp_path / "run").mkdir()
+    writer = EventWriter(tmp_path / "run")
+    curves = {
+        "losses/loss": [3.0, 2.0],
+        "losses/loss_of_another": [9.0],
+        "charts/a+b": [0.5],
+        "eval/a": [7.0],
+    }
+    for tag, values in curves.items():
+        for step, value in enumerate(values):
+            writer.add_scalar(tag, value, 10 * step)
+    layout = {
+        "losses": {"all": ["losses/loss", "charts/a+b"], "none": ["losses/los"]},
+        "ε": {"ε": ["eval/a"]},
+    }
+    writer.add_layout(layout)
+    gif = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(gif, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "red")])
+    writer.add_animation("videos/final", gif.getvalue(), 8, 6, step=40)
+    writer.close()
+
+    server = TensorBoard()
+    server.configure(logdir=str(tmp_path), host="127.0.0.1", port=0, load_fast="false")
+    url = server.launch()
+
+    def ask(path: str, **query: str) -> bytes:
+        with urllib.request.urlopen(f"{url}data/plugin/{path}?{urllib.parse.urlencode(query)}") as answer:
+            return answer.read()
+
+    deadline = time.monotonic() + 30
+    while not json.loads(ask("images/tags")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    shown = {}
+    for section in json.loads(ask("custom_scalars/layout"))["category"]:
+        for chart in section["chart"]:
+            found = shown[section["title"], chart["title"]] = {}
+            for tag in chart["multiline"]["tag"]:
+                answer = json.loads(ask("custom_scalars/scalars", run="run", tag=tag))
+                for name, events in answer["tag_to_events"].items():
+                    found[name] = [(step, value) for _, step, value in events]
+    assert shown == {
+        ("losses", "all"): {"losses/loss": [(0, 3.0), (10, 2.0)], "charts/a+b": [(0, 0.5)]},
+        ("losses", "none"): {},
+        ("ε", "ε"): {"eval/a": [(0, 7.0)]},
+    }
+    (image,) = json.loads(ask("images/images", run="run", tag="videos/final", sample="0"))
+    assert image["step"] == 40
+    query = dict(urllib.parse.parse_qsl(image["query"]))
+    assert ask("images/individualImage", **query) == gif.getvalue()
 
 
 def test_what_is_flushed_is_all_there(tmp_path):

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 from both_scripts import JAX, TORCH
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from cleanrl.utils.checkpoint import Run, newest_checkpoint
 
@@ -72,6 +73,12 @@ def outcome(run_folder: Path) -> tuple[dict, dict]:
     return {path.name: path.read_bytes() for path in run_folder.glob("*.cleanrl_model")}, curves
 
 
+def tensors(path: Path) -> list[str]:
+    """What an event file holds beside curves."""
+    values = (value for event in EventFileLoader(str(path)).Load() for value in event.summary.value)
+    return [value.tag for value in values if value.tensor.string_val]
+
+
 def test_a_run_that_is_stopped_in_every_phase_ends_as_one_that_is_not(script, tmp_path, monkeypatch):
     name = script.__name__.rpartition(".")[2]
     args = script.Args(**QDAGGER if name.startswith("qdagger") else DQN)
@@ -110,6 +117,8 @@ def test_a_run_that_is_stopped_in_every_phase_ends_as_one_that_is_not(script, tm
     expected_models, expected_curves = outcome(calm)
     assert models == expected_models
     assert curves == expected_curves
+    once = [tag for path in folder.glob("events.*") for tag in tensors(path)]
+    assert sorted(once) == ["custom_scalars__config__", "hyperparameters/text_summary"]
     assert len(curves["charts/epsilon"]) == 8
     assert curves["losses/td_loss"]
     assert not (folder / "checkpoints").exists()

@@ -267,6 +267,37 @@ def test_the_first_game_of_each_evaluation_is_recorded(train, scalar_student):
     run_folder = train("videos", capture_video=True, save_model=False)
     folders = {path.parent.relative_to(run_folder) for path in run_folder.rglob("*.mp4")}
     assert folders == {Path("videos", name) for name in ("teacher", "offline-4", "offline-6", "final")}
+    events = EventAccumulator(str(run_folder), size_guidance={"images": 0})
+    events.Reload()
+    shown = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert shown == {"videos/teacher": [0], "videos/offline": [4, 6], "videos/final": [6 + 64]}
+    (final,) = events.Images("videos/final")
+    assert (final.encoded_image_string[:6], final.width, final.height) == (b"GIF89a", 80, 105)
+
+
+def test_a_run_is_uploaded_when_it_has_come_to_its_end(script, train, scalar_student, monkeypatch):
+    """What it uploads, and how: test_upload.py."""
+    uploaded = []
+
+    def upload(run_folder: Path) -> None:
+        uploaded.append(run_folder.name)
+        assert not (run_folder / "checkpoints").exists()
+        assert (run_folder / f"{script.path.stem}.cleanrl_model").exists()
+        assert (run_folder / script.path.name).read_bytes() == script.path.read_bytes()
+        mean = np.mean([value for _, value in read_events(run_folder)["eval/episodic_return"]])
+        assert f"Mean return **{mean:.2f} ± " in (run_folder / "README.md").read_text("utf-8")
+
+    monkeypatch.setattr(training_run, "upload", upload)
+    monkeypatch.setattr(training_run, "check_upload", lambda name, entity: f"alice/{name}")
+    run_folder = train("uploaded", upload_model=True)
+    assert uploaded == [run_folder.name]
+    repo_id = f"alice/PongNoFrameskip-v4-{script.path.stem}-seed1"
+    assert f"--hf-repo {repo_id}\n" in (run_folder / "README.md").read_text("utf-8")
+
+
+def test_the_layout_holds_the_curves_of_training_each_once(script):
+    tags = [tag for charts in script.module.LAYOUT.values() for chart in charts.values() for tag in chart]
+    assert sorted(tags) == sorted((TAGS | {"charts/episodic_return"}) - {"eval/episodic_return"})
 
 
 def test_tracking_starts_before_the_first_event_is_written(script, train, monkeypatch):
