@@ -148,7 +148,7 @@ def test_a_published_model_can_be_played(failed, server):
     episodic_return = float(re.fullmatch(r"game 1: return (\S+)", game)[1])
     assert -21 <= episodic_return < 21
     assert mean == f"mean return {episodic_return:.2f} over 1 games"
-    assert (failed.folder / "videos" / "game-1" / "rl-video-episode-0.mp4").stat().st_size > 10_000
+    assert (failed.folder / "videos" / "PongNoFrameskip-v4-game-1.mp4").stat().st_size > 10_000
 
 
 def set_account(**changes):

@@ -9,12 +9,14 @@ A program, no part of the training: it alone imports the scripts, for their netw
 import importlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gymnasium as gym
 import numpy as np
@@ -145,20 +147,24 @@ def main(args: Args) -> None:
     path, env_id = find_model(args)
     q_values, make_env = load_player(path, env_id)
     returns = []
-    for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games)):
-        env = make_env(env_id, video_folder=args.video_folder and args.video_folder / f"game-{game + 1}")
-        if not args.video_folder:
-            open_window(env)
-        try:
-            returns.append(play(env, q_values, int(seed), args.epsilon))
-        except RuntimeError as error:
-            if "SDL" not in str(error):
-                raise
-            raise SystemExit(
-                "error: there is no display for a window; write videos with --video-folder FOLDER"
-            ) from None
-        env.close()
-        print(f"game {game + 1}: return {returns[-1]:g}")
+    for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games), start=1):
+        with TemporaryDirectory() as scratch:
+            env = make_env(env_id, video_folder=Path(scratch) / "video" if args.video_folder else None)
+            if args.video_folder is None:
+                open_window(env)
+            try:
+                returns.append(play(env, q_values, int(seed), args.epsilon))
+            except RuntimeError as error:
+                if "SDL" not in str(error):
+                    raise
+                raise SystemExit(
+                    "error: there is no display for a window; write videos with --video-folder FOLDER"
+                ) from None
+            env.close()
+            for path in Path(scratch).rglob("*.mp4"):
+                args.video_folder.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, args.video_folder / f"{env_id}-game-{game}.mp4")
+        print(f"game {game}: return {returns[-1]:g}")
     print(f"mean return {np.mean(returns):.2f} over {args.games} games")
 
 
