@@ -114,6 +114,7 @@ def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
     assert result["dataset"]["type"] == "PongNoFrameskip-v4"
     (metric,) = result["metrics"]
     assert (metric["type"], metric["value"]) == ("mean_reward", mean_and_std)
+    assert metric["args"] == {"games": 3}
     assert {"PongNoFrameskip-v4", "reinforcement-learning", "dqn"} <= set(yaml.safe_load(header)["tags"])
     assert f"**{mean_and_std.replace('+/-', '±')}** (standard deviation) over the 3 games" in text
     assert f"python -m cleanrl.utils.enjoy --hf-repo alice/{NAME}\n" in text

@@ -164,7 +164,7 @@ def main(args: Args) -> None:
             for path in Path(scratch).rglob("*.mp4"):
                 args.video_folder.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, args.video_folder / f"{env_id}-game-{game}.mp4")
-        print(f"game {game}: return {returns[-1]:g}")
+        print(f"game {game}: return {returns[-1]:.10g}")
     print(f"mean return {np.mean(returns):.2f} over {args.games} games")
 
 

@@ -115,6 +115,7 @@ def write_card(folder: Path, repo_id: str, args: Any, script: Path, returns: Seq
                 metric_type="mean_reward",
                 metric_name="mean_reward",
                 metric_value=f"{mean:.2f} +/- {std:.2f}",
+                metric_args={"games": len(returns)},
             )
         ],
     )
@@ -127,7 +128,7 @@ def write_card(folder: Path, repo_id: str, args: Any, script: Path, returns: Seq
 
 Mean return **{mean:.2f} ± {std:.2f}** (standard deviation) over the {len(returns)} games of the final
 evaluation: whole games, rewards unclipped, ε = {args.end_e}.
-The returns: {", ".join(f"{value:g}" for value in returns)}.
+The returns: {", ".join(f"{value:.10g}" for value in returns)}.
 
 ## Watch it play
 
