@@ -1044,18 +1044,16 @@ def save_student(student: StudentNetwork, path: Path) -> None:
     write_durably(path, content.getvalue())
 
 
-def main(args: Args) -> None:
-    check_arguments(args)
-    num_actions = count_actions(args.env_id)
-    baseline_return = random_return(args.env_id, args.return_normalization)
-    check_services(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    saved_replay = None
-    if args.teacher_replay_path:
-        saved_replay = open_replay(
-            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
-        )
+def plan_replay(
+    args: Args, num_actions: int, saved_replay: SavedReplay | None, device: torch.device
+) -> Callable[[str], ReplayBuffer]:
+    """Says what memory the replay buffers take, sees to it that it is there, and decides where they lie.
 
+    Returns the function that makes the buffer of a phase.
+
+    Raises:
+        SystemExit: with one line, if they do not fit.
+    """
     # A tenth more slots than steps, for the observations that end an episode.
     teacher_frames = saved_replay.capacity if saved_replay else math.ceil(1.1 * args.teacher_steps)
     online_frames = math.ceil(1.1 * args.total_timesteps)
@@ -1076,6 +1074,21 @@ def main(args: Args) -> None:
     def make_replay(phase: str) -> ReplayBuffer:
         return ReplayBuffer(*buffers[phase], num_actions, args.n_step, args.gamma, torch.device(buffer_place))
 
+    return make_replay
+
+
+def main(args: Args) -> None:
+    check_arguments(args)
+    num_actions = count_actions(args.env_id)
+    baseline_return = random_return(args.env_id, args.return_normalization)
+    check_services(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    saved_replay = None
+    if args.teacher_replay_path:
+        saved_replay = open_replay(
+            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
+        )
+    make_replay = plan_replay(args, num_actions, saved_replay, device)
     teacher = load_teacher(args, num_actions, device)
     state = create_train_state(args, num_actions, device)
     make_game = partial(make_env, args.env_id, args.repeat_action_probability)

@@ -1271,18 +1271,16 @@ def free_memory(gpu: jax.Device) -> int:
     return statistics["bytes_limit"] - statistics["bytes_in_use"]
 
 
-def main(args: Args) -> None:
-    check_arguments(args)
-    num_actions = count_actions(args.env_id)
-    baseline_return = random_return(args.env_id, args.return_normalization)
-    check_services(args)
-    device = choose_device(args)
-    saved_replay = None
-    if args.teacher_replay_path:
-        saved_replay = open_replay(
-            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
-        )
+def plan_replay(
+    args: Args, num_actions: int, saved_replay: SavedReplay | None, device: jax.Device
+) -> Callable[[str], ReplayBuffer]:
+    """Says what memory the replay buffers take, sees to it that it is there, and decides where they lie.
 
+    Returns the function that makes the buffer of a phase.
+
+    Raises:
+        SystemExit: with one line, if they do not fit.
+    """
     # A tenth more slots than steps, for the observations that end an episode.
     teacher_frames = saved_replay.capacity if saved_replay else math.ceil(1.1 * args.teacher_steps)
     online_frames = math.ceil(1.1 * args.total_timesteps)
@@ -1304,6 +1302,21 @@ def main(args: Args) -> None:
         buffer_device = device if buffer_place == "cuda" else jax.devices("cpu")[0]
         return ReplayBuffer.create(*buffers[phase], num_actions, args.n_step, args.gamma, buffer_device)
 
+    return make_replay
+
+
+def main(args: Args) -> None:
+    check_arguments(args)
+    num_actions = count_actions(args.env_id)
+    baseline_return = random_return(args.env_id, args.return_normalization)
+    check_services(args)
+    device = choose_device(args)
+    saved_replay = None
+    if args.teacher_replay_path:
+        saved_replay = open_replay(
+            args.teacher_replay_path, args.env_id, num_actions, args.batch_size, args.n_step
+        )
+    make_replay = plan_replay(args, num_actions, saved_replay, device)
     teacher = load_teacher(args, num_actions, device)
     state = create_train_state(args, num_actions, device)
     make_game = partial(make_env, args.env_id, args.repeat_action_probability)
