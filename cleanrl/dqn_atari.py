@@ -76,7 +76,7 @@ class Args:
     wandb_entity: str | None = None
     """the Weights & Biases entity (team)"""
     capture_video: bool = False
-    """record the first game of the evaluation as mp4 under the run\'s folder, and show it in TensorBoard"""
+    """record the first game of the evaluation as mp4 under the run's folder, and show it in TensorBoard"""
     save_model: bool = True
     """save the network at the end, and when stopped"""
     upload_model: bool = False

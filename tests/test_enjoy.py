@@ -160,6 +160,10 @@ def test_a_game_with_lives_goes_on_until_it_is_over():
         ({"model_path": TEACHER, "games": 0}, "error: --games 0 must be at least 1"),
         ({"model_path": TEACHER, "seed": -1}, "error: --seed -1 must be at least 0"),
         ({"model_path": TEACHER, "epsilon": 2.0}, "error: --epsilon 2.0 must lie between 0 and 1"),
+        (
+            {"model_path": TEACHER, "video_folder": TEACHER / "videos"},
+            f"error: --video-folder {TEACHER / 'videos'} cannot be made (Not a directory); name another",
+        ),
         ({"hf_repo": f"me/{PONG}"}, f"error: --hf-repo me/{PONG} does not name its file; use --hf-file"),
         ({"model_path": Path(f"no-{PONG}")}, f"error: no-{PONG} does not exist"),
         (

@@ -146,6 +146,11 @@ def main(args: Args) -> None:
         refuse("epsilon", args.epsilon, "must lie between 0 and 1")
     path, env_id = find_model(args)
     q_values, make_env = load_player(path, env_id)
+    if args.video_folder:
+        try:
+            args.video_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse("video_folder", args.video_folder, f"cannot be made ({error.strerror}); name another")
     returns = []
     for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games), start=1):
         with TemporaryDirectory() as scratch:
@@ -162,7 +167,6 @@ def main(args: Args) -> None:
                 ) from None
             env.close()
             for path in Path(scratch).rglob("*.mp4"):
-                args.video_folder.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, args.video_folder / f"{env_id}-game-{game}.mp4")
         print(f"game {game}: return {returns[-1]:.10g}")
     print(f"mean return {np.mean(returns):.2f} over {args.games} games")

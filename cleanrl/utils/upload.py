@@ -188,17 +188,17 @@ def upload(folder: Path, entity: str | None = None) -> None:
         write_durably(folder / "README.md", card.content.replace(carded_id, repo_id).encode())
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    def publish() -> str:
+    def publish() -> None:
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True)
-        return api.upload_folder(
+        api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=PUBLISHED,
             ignore_patterns=NOT_PUBLISHED,
             delete_patterns=["events.out.tfevents.*", "videos/*"],  # of an earlier run
             commit_message=f"Upload {folder.name}",
-        ).commit_url
+        )
 
     print(f"uploading to {constants.ENDPOINT}/{repo_id} (to do it again: {again})")
     disable_progress_bars()
