@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -225,25 +226,27 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_an_upload_that_fails_can_be_done_again(name, failed, server):
+def test_an_upload_that_fails_can_be_done_again(name, failed, server, tmp_path):
     change, settings, words = FAILURES[name]
+    run_folder = tmp_path / "runs" / failed.run_folder.name
+    run_folder.mkdir(parents=True)
+    shutil.copy(failed.run_folder / "README.md", run_folder)
+    # The larger, the longer a silent server is waited for.
+    (run_folder / "mine.cleanrl_model").write_bytes(bytes(range(256)))
     if change:
         change(server)
-    model = failed.run_folder / "mine.cleanrl_model"
-    whole = model.read_bytes()
-    model.write_bytes(whole[:1000])  # the larger, the longer a silent server is waited for
-    outcome = upload(failed.folder, server, **settings)
-    model.write_bytes(whole)
+    outcome = upload(tmp_path, server, **settings)
     assert outcome.status == 1
     assert outcome.elapsed_s < 60
     assert re.fullmatch(
         rf"error: no upload to the Hub: .*{words}.*; nothing is lost, upload it later with"
-        rf" python -m cleanrl\.utils\.upload runs/{failed.run_folder.name}\n",
+        rf" python -m cleanrl\.utils\.upload runs/{run_folder.name}\n",
         outcome.err,
     ), outcome.err
     assert not any(server.repos.values())
     server.fails_at = None
-    assert upload(failed.folder, server).status == 0
+    assert upload(tmp_path, server).status == 0
+    assert server.repos[f"alice/{NAME}"].keys() == {"README.md", "mine.cleanrl_model"}
 
 
 def test_a_folder_that_is_no_run_to_be_uploaded_is_one_line(tmp_path, server):
