@@ -1,6 +1,5 @@
 """`python -m cleanrl.utils.enjoy`: networks of every kind, whole games, and what a user can get wrong."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def test_a_torch_student_of_any_width_is_played_as_it_is(tmp_path):
 def test_a_flax_student_is_played_by_jax(tmp_path, suffix):
     """Its max-pooling pads otherwise than torch's, so that the same numbers are another function there."""
     network = JAX.module.StudentNetwork(6, 64)
-    params = network.init(jax.random.key(0), OBSERVATIONS)
+    params = jax.jit(network.init)(jax.random.key(0), OBSERVATIONS)
     weights = {name: np.asarray(array) for name, array in flatten(params).items()}
     path = tmp_path / suffix
     if suffix == "msgpack":
@@ -68,7 +67,7 @@ def test_a_flax_student_is_played_by_jax(tmp_path, suffix):
     else:
         save_file(weights, path)
     q_values, _ = load_player(path, PONG)
-    expected = np.asarray(network.apply(params, OBSERVATIONS))
+    expected = np.asarray(jax.jit(network.apply)(params, OBSERVATIONS))
     np.testing.assert_allclose(q_values(OBSERVATIONS), expected, rtol=1e-4, atol=1e-6)
     in_torch = torch_student()
     in_torch.load_state_dict({name: torch.tensor(array) for name, array in to_torch(weights).items()})
@@ -110,8 +109,7 @@ def short_games(monkeypatch):
 
 
 def test_whole_games_are_played_recorded_and_reported(tmp_path, short_games, capsys):
-    args = Args(model_path=TEACHER, games=2, epsilon=0.5, video_folder=tmp_path)
-    main(args)
+    main(Args(model_path=TEACHER, games=2, epsilon=0.5, video_folder=tmp_path))
     lines = capsys.readouterr().out.splitlines()
     returns = [float(line.removeprefix(f"game {game}: return ")) for game, line in enumerate(lines[:2], 1)]
     assert lines[2:] == [f"mean return {np.mean(returns):.2f} over 2 games"]
@@ -133,8 +131,6 @@ def test_whole_games_are_played_recorded_and_reported(tmp_path, short_games, cap
             total += reward  # a point a time, so that its sign is the reward itself
             ended = terminated or truncated
         assert total == expected
-    main(dataclasses.replace(args, video_folder=tmp_path / "again"))
-    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_a_game_with_lives_goes_on_until_it_is_over():
