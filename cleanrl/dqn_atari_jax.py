@@ -43,6 +43,7 @@ from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_core
 from cleanrl.utils.replay_files import check_new_folder, save_replay
 from cleanrl.utils.storage import write_durably
 from cleanrl.utils.training_run import check_services, training_run
+from cleanrl.utils.video import RecordGame
 
 RECENT_GAMES = 10  # whose mean return the progress bar shows
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device
@@ -286,7 +287,7 @@ def make_env(
         disable_env_checker=True,
     )
     if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda game: game == 0)
+        env = RecordGame(env, video_folder)
     if repeat_action_probability:
         env = gym.wrappers.StickyAction(env, repeat_action_probability)
     env = EpisodeStatistics(env)

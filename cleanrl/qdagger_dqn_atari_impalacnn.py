@@ -46,6 +46,7 @@ from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_core
 from cleanrl.utils.replay_files import SavedReplay, open_replay
 from cleanrl.utils.storage import write_durably
 from cleanrl.utils.training_run import check_services, training_run
+from cleanrl.utils.video import RecordGame
 from cleanrl.utils.weights import fit_weights, read_weights
 
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
@@ -338,7 +339,7 @@ def make_env(
         disable_env_checker=True,
     )
     if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda game: game == 0)
+        env = RecordGame(env, video_folder)
     if repeat_action_probability:
         env = gym.wrappers.StickyAction(env, repeat_action_probability)
     env = EpisodeStatistics(env)

@@ -1,0 +1,82 @@
+"""A game's video: every frame of the first game, written as it is played."""
+
+import tracemalloc
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from moviepy import VideoFileClip
+
+from cleanrl.utils.video import RecordGame
+
+HEIGHT, WIDTH, GAME_LENGTH = 210, 160, 200
+
+
+class Flicker(gym.Env):
+    """Shows frame k of a game in a grey of its own."""
+
+    observation_space, action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(1)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return 0, {}
+
+    def step(self, action):
+        self.steps += 1
+        return 0, 0.0, self.steps == GAME_LENGTH, False, {}
+
+    def render(self):
+        return np.full((HEIGHT, WIDTH, 3), self.steps, np.uint8)
+
+
+def play(env: gym.Env, games: int) -> None:
+    for _ in range(games):
+        env.reset()
+        while not env.step(0)[2]:
+            pass
+    env.reset()
+    env.close()
+
+
+def test_every_frame_of_the_first_game_and_no_other_at_the_consoles_speed(tmp_path):
+    play(RecordGame(Flicker(), tmp_path / "videos"), games=2)
+    (path,) = tmp_path.glob("videos/*")
+    with VideoFileClip(str(path), audio=False) as clip:
+        greys = [frame.mean() for frame in clip.iter_frames()]
+        assert clip.fps == 60
+    assert path.name == "game.mp4"
+    np.testing.assert_allclose(greys, np.arange(GAME_LENGTH + 1), atol=3)  # compression loses a little
+
+
+def test_memory_does_not_grow_with_the_game(tmp_path):
+    env = RecordGame(Flicker(), tmp_path)
+    env.reset()  # imports the encoder
+    tracemalloc.start()
+    for _ in range(GAME_LENGTH - 1):
+        env.step(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    env.close()
+    assert peak < 5 * HEIGHT * WIDTH * 3
+
+
+def test_a_game_goes_on_without_its_video(tmp_path, capfd):
+    env = RecordGame(Flicker(), tmp_path)
+    env.reset()
+    env.writer.proc.kill()  # what it says for itself is no concern of the game's
+    env.writer.proc.wait()
+    while not env.step(0)[2]:
+        pass
+    env.close()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert line.startswith(f"warning: {Path(tmp_path, 'game.mp4')} ends early: ")
+
+
+def test_a_game_that_is_left_in_the_middle_leaves_a_video_that_can_be_seen(tmp_path):
+    env = RecordGame(Flicker(), tmp_path)
+    env.reset()
+    for _ in range(30):
+        env.step(0)
+    env.close()
+    with VideoFileClip(str(tmp_path / "game.mp4"), audio=False) as clip:
+        assert sum(1 for _ in clip.iter_frames()) == 31
