@@ -2,6 +2,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -17,6 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """The JAX scripts set XLA's variables when they start; here, they start many times in one process."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -266,13 +266,6 @@ def script(request) -> Script:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def same_environment():
-    """The JAX script sets XLA's variables when it starts; here, it starts many times in one process."""
-    with mock.patch.dict(os.environ):
-        yield
-
-
 def run(folder: Path, *command: str, **settings: str) -> tuple[int, str, str]:
     process = subprocess.run(
         [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300,

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import tracemalloc
@@ -163,13 +162,6 @@ Scripts = TorchScripts | JaxScripts
 @pytest.fixture(params=[TORCH, JAX], ids=["torch", "jax"])
 def scripts(request) -> Scripts:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def same_environment():
-    """The JAX scripts set XLA's variables when they start; here, they start many times in one process."""
-    with mock.patch.dict(os.environ):
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -82,13 +82,6 @@ def script(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def same_environment():
-    """The JAX script sets XLA's variables when it starts; here, it starts many times in one process."""
-    with mock.patch.dict(os.environ):
-        yield
-
-
 def tiny(script, **options):
     return script.module.Args(**TINY | options)
 
