@@ -77,7 +77,7 @@ def test_a_failure_at_the_end_loses_nothing_and_says_how_to_go_on(failed):
     assert line.endswith(f"upload it later with python -m cleanrl.utils.upload runs/{failed.run_folder.name}")
     assert failed.steps[0] == "whoami"
     files = {path.relative_to(failed.run_folder).as_posix() for path in failed.run_folder.rglob("*")}
-    assert files >= {"mine.cleanrl_model", "README.md", "dqn_atari.py", "videos/final/rl-video-episode-0.mp4"}
+    assert files >= {"mine.cleanrl_model", "README.md", "dqn_atari.py", "videos/final/game.mp4"}
     assert "checkpoints" not in files  # the run has come to its end
 
 
@@ -91,13 +91,13 @@ def test_all_that_makes_a_model_arrives_as_it_is(failed, server):
     (events,) = (path.name for path in failed.run_folder.glob("events.*"))
     sources = {"dqn_atari.py": ROOT / "cleanrl" / "dqn_atari.py"}
     sources |= {name: ROOT / name for name in ("pyproject.toml", "poetry.lock")}
-    from_run = ("README.md", "mine.cleanrl_model", events, "videos/final/rl-video-episode-0.mp4")
+    from_run = ("README.md", "mine.cleanrl_model", events, "videos/final/game.mp4")
     sources |= {name: failed.run_folder / name for name in from_run}
     assert files.keys() == sources.keys()
     for name, path in sources.items():
         assert files[name][0] == path.read_bytes()
     large = {name for name, (_, mode) in files.items() if mode == "lfs"}
-    assert large == {"mine.cleanrl_model", events, "videos/final/rl-video-episode-0.mp4"}
+    assert large == {"mine.cleanrl_model", events, "videos/final/game.mp4"}
     assert tomllib.loads(files["pyproject.toml"][0].decode())["project"]["name"] == "qdagger-atari"
 
 
