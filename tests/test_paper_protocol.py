@@ -10,7 +10,9 @@ import tyro
 from both_scripts import JAX, TORCH
 from test_training import filled_replay, rehearse, some_batch, tiny
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "qdagger.md").read_text("utf-8")
+PAGE = (
+    (Path(__file__).resolve().parents[1] / "docs" / "qdagger.md").read_text("utf-8").replace("\\\n", "")
+)  # long commands go over several lines
 RATE = 1e-3
 
 
