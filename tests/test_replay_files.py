@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from large_replay import LargeReplay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
@@ -445,51 +445,6 @@ def test_qdagger_trains_offline_on_the_replay_and_the_teacher_does_not_play(
     for tag in ("charts/offline/loss", "charts/offline/q_loss", "charts/offline/distill_loss", "losses/loss"):
         assert all(np.isfinite(event.value) for event in events.Scalars(tag))
         assert events.Scalars(tag)
-
-
-# -------------------------------------------------------------------------------------------------- memory
-
-
-class LargeReplay:
-    """Stands in for a replay buffer: frames that are made when they are read."""
-
-    def __init__(self, num_rows: int):
-        self.num_slots, self.heads = num_rows, np.array([num_rows - 1])
-
-    def read(self, slots: np.ndarray) -> Rows:
-        rows = {
-            name: np.zeros((len(slots), *shape), dtype)
-            for name, (dtype, shape) in replay_files.ROW_SHAPES.items()
-            if name not in ("envs", "positions")
-        }
-        rows["frames"] += (slots % 256).astype(np.uint8)[:, None, None]
-        return rows
-
-
-def peak_memory(action: Callable[[], Any]) -> int:
-    tracemalloc.start()
-    try:
-        action()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_saving_and_loading_take_the_memory_of_a_few_files(tmp_path, monkeypatch):
-    num_files, rows_per_file = 30, 100
-    rows_between = partial(replay_files.rows_between, rows_per_file=rows_per_file)
-    monkeypatch.setattr(replay_files, "rows_between", rows_between)
-    bytes_per_file, num_rows = rows_per_file * 84 * 84, num_files * rows_per_file
-    saving = peak_memory(lambda: save_replay(tmp_path, LargeReplay(num_rows), PONG, NUM_ACTIONS))
-    assert len(list(tmp_path.glob("rows-*.zst"))) == num_files
-
-    def read_all() -> None:
-        for slots, rows in open_replay(tmp_path, PONG, NUM_ACTIONS, 1).rows(num_rows):
-            assert len(slots) == len(rows["frames"]) == rows_per_file
-
-    loading = peak_memory(read_all)
-    assert saving < 4 * bytes_per_file
-    assert loading < 5 * bytes_per_file
 
 
 # ------------------------------------------------------------------------------------------ what is refused

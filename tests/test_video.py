@@ -1,11 +1,12 @@
 """A game's video: every frame of the first game, written as it is played."""
 
-import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from moviepy import VideoFileClip
+from traced_memory import peak_memory
 
 from cleanrl.utils.video import RecordGame
 
@@ -48,16 +49,19 @@ def test_every_frame_of_the_first_game_and_no_other_at_the_consoles_speed(tmp_pa
     np.testing.assert_allclose(greys, np.arange(GAME_LENGTH + 1), atol=3)  # compression loses a little
 
 
-def test_memory_does_not_grow_with_the_game(tmp_path):
-    env = RecordGame(Flicker(), tmp_path)
+def one_game(folder: Path) -> Callable[[], None]:
+    env = RecordGame(Flicker(), folder)
     env.reset()  # imports the encoder
-    tracemalloc.start()
-    for _ in range(GAME_LENGTH - 1):
-        env.step(0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    env.close()
-    assert peak < 5 * HEIGHT * WIDTH * 3
+
+    def play_on() -> None:
+        for _ in range(GAME_LENGTH - 1):
+            env.step(0)
+
+    return play_on
+
+
+def test_memory_does_not_grow_with_the_game(tmp_path):
+    assert peak_memory(one_game, tmp_path) < 5 * HEIGHT * WIDTH * 3
 
 
 def test_a_game_goes_on_without_its_video(tmp_path, capfd):
