@@ -237,7 +237,7 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def serve(script: str) -> None:
