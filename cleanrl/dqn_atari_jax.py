@@ -40,7 +40,7 @@ from cleanrl.utils.events import EventWriter
 from cleanrl.utils.interrupts import exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
 from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
-from cleanrl.utils.replay_files import check_new_folder, save_replay
+from cleanrl.utils.replay_files import check_new_folder, padded, save_replay
 from cleanrl.utils.storage import write_durably
 from cleanrl.utils.training_run import check_services, training_run
 from cleanrl.utils.video import RecordGame
@@ -487,12 +487,22 @@ class ReplayBuffer:
 
     def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """What the slots, integers (n,), hold: arrays (n, …) by name."""
-        return {name: np.asarray(getattr(self, name)[slots]) for name in SLOT_ARRAYS}
+        rows = self._read(padded(slots))
+        return {name: np.asarray(rows[name])[: len(slots)] for name in SLOT_ARRAYS}
+
+    def write(self, slots: np.ndarray, rows: dict[str, np.ndarray]) -> "ReplayBuffer":
+        """Puts back what `read` gave; the heads and their depths are set by themselves."""
+        slots = padded(slots, fill=len(self.frames))  # past the end, a write is dropped
+        return self._write(slots, {name: padded(values) for name, values in rows.items()})
+
+    @jax.jit
+    def _read(self, slots: Array) -> dict[str, Array]:
+        return {name: getattr(self, name)[slots] for name in SLOT_ARRAYS}
 
     @partial(jax.jit, donate_argnums=0)
-    def write(self, slots: Array, rows: dict[str, Array]) -> "ReplayBuffer":
-        """Puts back what `read` gave; the heads and their depths are set by themselves."""
-        return self.replace(**{name: getattr(self, name).at[slots].set(rows[name]) for name in SLOT_ARRAYS})
+    def _write(self, slots: Array, rows: dict[str, Array]) -> "ReplayBuffer":
+        written = {name: getattr(self, name).at[slots].set(rows[name], mode="drop") for name in rows}
+        return self.replace(**written)
 
     def _drawable_per_env(self) -> Array:
         """The number of positions per environment, the newest at heads - 1, that `draw` chooses from."""

@@ -42,7 +42,7 @@ from cleanrl.utils.hub import download, teacher_filename
 from cleanrl.utils.interrupts import exit_on_ctrl_c
 from cleanrl.utils.memory import place_replay_buffer
 from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
-from cleanrl.utils.replay_files import SavedReplay, open_replay
+from cleanrl.utils.replay_files import SavedReplay, open_replay, padded
 from cleanrl.utils.storage import write_durably
 from cleanrl.utils.training_run import check_services, training_run
 from cleanrl.utils.video import RecordGame
@@ -613,12 +613,22 @@ class ReplayBuffer:
 
     def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """What the slots, integers (n,), hold: arrays (n, …) by name."""
-        return {name: np.asarray(getattr(self, name)[slots]) for name in SLOT_ARRAYS}
+        rows = self._read(padded(slots))
+        return {name: np.asarray(rows[name])[: len(slots)] for name in SLOT_ARRAYS}
+
+    def write(self, slots: np.ndarray, rows: dict[str, np.ndarray]) -> "ReplayBuffer":
+        """Puts back what `read` gave, all of it or some; the heads and their depths are set by themselves."""
+        slots = padded(slots, fill=len(self.frames))  # past the end, a write is dropped
+        return self._write(slots, {name: padded(values) for name, values in rows.items()})
+
+    @jax.jit
+    def _read(self, slots: Array) -> dict[str, Array]:
+        return {name: getattr(self, name)[slots] for name in SLOT_ARRAYS}
 
     @partial(jax.jit, donate_argnums=0)
-    def write(self, slots: Array, rows: dict[str, Array]) -> "ReplayBuffer":
-        """Puts back what `read` gave, all of it or some; the heads and their depths are set by themselves."""
-        return self.replace(**{name: getattr(self, name).at[slots].set(rows[name]) for name in rows})
+    def _write(self, slots: Array, rows: dict[str, Array]) -> "ReplayBuffer":
+        written = {name: getattr(self, name).at[slots].set(rows[name], mode="drop") for name in rows}
+        return self.replace(**written)
 
     def _drawable_per_env(self) -> Array:
         """The number of positions per environment, the newest at heads - n, that `draw` chooses from."""
@@ -1082,8 +1092,8 @@ def load_teacher_buffer(state: TrainState, teacher: QFunction, saved: SavedRepla
             replay = replay.write(slots, {name: rows[name] for name in rows.keys() & set(SLOT_ARRAYS)})
             # The frames of these stacks are there: a part comes after those before it in time.
             for first in range(0, len(slots), 1024):
-                chunk = np.resize(slots[first : first + 1024], 1024)  # compiled once
-                q_values = jax.device_put(teacher_q_values(replay, chunk), replay.device)
+                chunk = slots[first : first + 1024]
+                q_values = np.asarray(teacher_q_values(replay, padded(chunk)))[: len(chunk)]
                 replay = replay.write(chunk, {"teacher_q_values": q_values})
             progress.update(len(slots))
     state.replay = replay.replace(heads=jax.device_put(saved.heads.astype(np.int32), replay.device))

@@ -447,6 +447,28 @@ def test_qdagger_trains_offline_on_the_replay_and_the_teacher_does_not_play(
         assert events.Scalars(tag)
 
 
+@pytest.mark.parametrize("create", [JAX.create_dqn_replay, JAX.create_qdagger_replay])
+def test_jax_compiles_a_few_programs_for_parts_of_any_length(create):
+    settings = (NUM_ACTIONS, 1, GAMMA) if create == JAX.create_qdagger_replay else ()
+    replay = create(CAPACITY_PER_ENV * NUM_ENVS, NUM_ENVS, *settings)
+    rng = np.random.default_rng(0)
+    num_read, num_written = replay._read._cache_size(), replay._write._cache_size()
+    everything = np.arange(len(replay.frames))
+    expected = {name: values.copy() for name, values in replay.read(everything).items()}
+    for length in range(18):
+        slots = rng.permutation(everything)[:length]
+        for values in expected.values():
+            values[slots] = rng.integers(2 if values.dtype == bool else 200, size=values[slots].shape)
+        replay = replay.write(slots, {name: values[slots] for name, values in expected.items()})
+        for held, indices in ((replay.read(slots), slots), (replay.read(everything), everything)):
+            assert held.keys() == expected.keys()
+            for name, values in held.items():
+                np.testing.assert_array_equal(values, expected[name][indices])
+    # For 1, 2, 4, 8, 16 and 32 rows, and for all to be read.
+    assert replay._read._cache_size() <= num_read + 7
+    assert replay._write._cache_size() <= num_written + 6
+
+
 # ------------------------------------------------------------------------------------------ what is refused
 
 

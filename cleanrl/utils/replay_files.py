@@ -53,6 +53,12 @@ def held_positions(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(heads + 1 - replay.num_slots, 0), heads
 
 
+def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
+    """An array (n, …) lengthened to a power of two: what is compiled for each length is so for a few only."""
+    num_missing = (1 << (len(values) - 1).bit_length()) - len(values)
+    return np.pad(values, [(0, num_missing)] + [(0, 0)] * (values.ndim - 1), constant_values=fill)
+
+
 def rows_between(
     replay: Replay, first: np.ndarray, last: np.ndarray, rows_per_file: int = ROWS_PER_FILE
 ) -> Iterator[dict[str, np.ndarray]]:
