@@ -61,6 +61,7 @@ TINY_TEACHER = [
 ]  # fmt: skip
 TINY_BENCHMARKS = {
     "replay_memory": ["--frames", "1000"],
+    "long_run": ["--minutes", "0.1"],
     "checkpoint_cost": ["--frames", "400", "--played-steps", "80", "--steps-in-10-minutes", "80"],
 }
 SHORT_GAMES = """\
@@ -467,7 +468,7 @@ RULES = [
     Rule(r"python requirements/export\.py( --check)?", anything, as_it_is),
     Rule(r"python docs/\w+\.py", anything, as_it_is),
     Rule(r"python tests/benchmarks/(speed|scaling)\.py\b.*", check_benchmark, None, "it takes minutes"),
-    Rule(r"python tests/benchmarks/(replay_memory|checkpoint_cost)\.py\b.*", anything, run_benchmark),
+    Rule(r"python tests/benchmarks/(checkpoint_cost|long_run|replay_memory)\.py.*", anything, run_benchmark),
     Rule(r"python tests/kill_storm\.py\b.*", anything, run_kill_storm),
 ]
 
