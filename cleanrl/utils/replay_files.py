@@ -54,7 +54,7 @@ def held_positions(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
-    """An array (n, …) lengthened to a power of two: what is compiled for each length is so for a few only."""
+    """Lengthens an array (n, …) to a power of two: what is compiled for every length meets only a few."""
     num_missing = (1 << (len(values) - 1).bit_length()) - len(values)
     return np.pad(values, [(0, num_missing)] + [(0, 0)] * (values.ndim - 1), constant_values=fill)
 
