@@ -25,6 +25,7 @@ OPTIONS = {
     "env_id": "PongNoFrameskip-v4",
     "teacher_model_path": ROOT / "cleanrl/teachers/PongNoFrameskip-v4.safetensors",
     "teacher_eval_episodes": 1,
+    "return_normalization": "random",
     "teacher_steps": 2_000,
     "offline_steps": 0,
     "buffer_size": 20_000,
