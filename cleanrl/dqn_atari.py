@@ -32,18 +32,18 @@ from tqdm import tqdm
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.arguments import check_arguments, parse_arguments
-from cleanrl.utils.atari import count_actions
-from cleanrl.utils.checkpoint import Checkpoint
+from cleanrl.utils.command_line import check_arguments, parse_arguments
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
-from cleanrl.utils.events import EventWriter
-from cleanrl.utils.interrupts import exit_on_ctrl_c
-from cleanrl.utils.memory import place_replay_buffer
-from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
-from cleanrl.utils.replay_files import check_new_folder, save_replay
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.parallel_envs import ParallelEnvs, StepResult, available_cores
+from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.replay.memory import place_replay_buffer
+from cleanrl.utils.replay.rows import check_new_folder, save_replay
+from cleanrl.utils.run.checkpoint import Checkpoint
+from cleanrl.utils.run.events import EventWriter
+from cleanrl.utils.run.training_run import check_services, training_run
+from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.training_run import check_services, training_run
-from cleanrl.utils.video import RecordGame
 
 RECENT_GAMES = 10  # whose mean return the progress bar shows
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device

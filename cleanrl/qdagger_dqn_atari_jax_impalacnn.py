@@ -33,20 +33,20 @@ from tqdm import tqdm
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.arguments import check_arguments, parse_arguments
-from cleanrl.utils.atari import count_actions, random_return
-from cleanrl.utils.checkpoint import Checkpoint
+from cleanrl.utils.command_line import check_arguments, parse_arguments
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, evaluate
-from cleanrl.utils.events import EventWriter
-from cleanrl.utils.hub import download, teacher_filename
-from cleanrl.utils.interrupts import exit_on_ctrl_c
-from cleanrl.utils.memory import place_replay_buffer
-from cleanrl.utils.parallel_envs import ParallelEnvs, StepResult, available_cores
-from cleanrl.utils.replay_files import SavedReplay, open_replay, padded
+from cleanrl.utils.games.atari import count_actions, random_return
+from cleanrl.utils.games.parallel_envs import ParallelEnvs, StepResult, available_cores
+from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.hub.download import download, teacher_filename
+from cleanrl.utils.replay.memory import place_replay_buffer
+from cleanrl.utils.replay.rows import SavedReplay, open_replay, padded
+from cleanrl.utils.run.checkpoint import Checkpoint
+from cleanrl.utils.run.events import EventWriter
+from cleanrl.utils.run.training_run import check_services, training_run
+from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.training_run import check_services, training_run
-from cleanrl.utils.video import RecordGame
-from cleanrl.utils.weights import fit_weights, flatten, read_weights, unflatten
+from cleanrl.utils.weights.files import fit_weights, flatten, read_weights, unflatten
 
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve: reading a loss waits for the device

@@ -15,8 +15,8 @@ from flax.serialization import msgpack_restore
 
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_module
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_module
-from cleanrl.utils.parallel_envs import StepResult
-from cleanrl.utils.weights import flatten, to_torch, unflatten
+from cleanrl.utils.games.parallel_envs import StepResult
+from cleanrl.utils.weights.files import flatten, to_torch, unflatten
 
 LOSSES = ("loss", "td_loss", "distill_loss", "q_values")
 

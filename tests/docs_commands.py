@@ -33,10 +33,10 @@ import tyro
 from hub_server import HubServer
 
 from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
-from cleanrl.utils.arguments import check_arguments
-from cleanrl.utils.atari import count_actions
-from cleanrl.utils.hub import teacher_filename
-from cleanrl.utils.weights import read_weights, to_flax, unflatten
+from cleanrl.utils.command_line import check_arguments
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.hub.download import teacher_filename
+from cleanrl.utils.weights.files import read_weights, to_flax, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))

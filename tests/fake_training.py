@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cleanrl.utils.arguments import parse_arguments
-from cleanrl.utils.checkpoint import Run
-from cleanrl.utils.events import EventWriter
+from cleanrl.utils.command_line import parse_arguments
+from cleanrl.utils.run.checkpoint import Run
+from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.storage import write_durably
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from cleanrl.utils.replay_files import ROW_SHAPES
+from cleanrl.utils.replay.rows import ROW_SHAPES
 
 
 class LargeReplay:

@@ -27,7 +27,7 @@ class Benchmark:
         with (folder / "output").open("w") as output, (folder / "errors").open("w") as errors:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "cleanrl.utils.benchmark", "--env-ids", GAME,
+                    sys.executable, "-m", "cleanrl.utils.benchmark.__main__", "--env-ids", GAME,
                     "--command", f"{command} {options}", *arguments,
                 ],
                 cwd=folder, stdout=output, stderr=errors, env=os.environ | {"PYTHONPATH": str(ROOT)},

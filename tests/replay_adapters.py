@@ -6,7 +6,7 @@ import torch
 
 from cleanrl import qdagger_dqn_atari_impalacnn as torch_script
 from cleanrl import qdagger_dqn_atari_jax_impalacnn as jax_script
-from cleanrl.utils.parallel_envs import StepResult
+from cleanrl.utils.games.parallel_envs import StepResult
 
 
 class TorchReplay:

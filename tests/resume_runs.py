@@ -347,8 +347,8 @@ def simplify(module: Any) -> None:
     import torch
 
     from cleanrl.utils import evaluation
-    from cleanrl.utils.env_state import get_state, set_state
-    from cleanrl.utils.parallel_envs import IDLE, FinishedGame, ParallelEnvs
+    from cleanrl.utils.games.env_state import get_state, set_state
+    from cleanrl.utils.games.parallel_envs import IDLE, FinishedGame, ParallelEnvs
 
     class SmallNetwork(torch.nn.Module):
         """Its Q-values tell every pixel and every action apart, more or less."""

@@ -7,7 +7,7 @@ import pytest
 from moviepy import ImageSequenceClip, VideoFileClip
 from PIL import Image
 
-from cleanrl.utils.animation import animate
+from cleanrl.utils.games.animation import animate
 
 WIDTH, HEIGHT = 160, 210
 

@@ -7,7 +7,7 @@ import pytest
 import cleanrl.qdagger_dqn_atari_impalacnn
 import cleanrl.qdagger_dqn_atari_jax_impalacnn
 from cleanrl.qdagger_dqn_atari_impalacnn import Args
-from cleanrl.utils.arguments import check_arguments
+from cleanrl.utils.command_line import check_arguments
 
 
 @pytest.mark.parametrize(

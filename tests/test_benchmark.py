@@ -23,11 +23,11 @@ from many_runs import GAME, ROOT, Benchmark, curve, starts, the_folder
 from resume_runs import COMMON
 from tqdm import tqdm
 
-from cleanrl.utils import benchmark_runs
-from cleanrl.utils.benchmark import Args, View, check, main, plan_runs
-from cleanrl.utils.benchmark_runs import Job, Plan, last_line, last_words, short_progress
-from cleanrl.utils.checkpoint import newest_checkpoint
-from cleanrl.utils.parallel_envs import available_cores
+from cleanrl.utils.benchmark import runs as benchmark_runs
+from cleanrl.utils.benchmark.__main__ import Args, View, check, main, plan_runs
+from cleanrl.utils.benchmark.runs import Job, Plan, last_line, last_words, short_progress
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.run.checkpoint import newest_checkpoint
 
 GAMES = (GAME, "BreakoutNoFrameskip-v4")
 QUICK = "python fake_training.py"
@@ -320,7 +320,7 @@ def test_one_experiment_twice_is_one_line():
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("cleanrl.utils.benchmark_ray")]:
+    for name in [name for name in sys.modules if name.startswith("cleanrl.utils.benchmark.ray_cluster")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"needs Ray: pip install -r requirements/requirements-cloud\.txt"):
@@ -465,7 +465,7 @@ def test_on_a_terminal_it_draws_in_one_place_and_within_its_size(jobs, monkeypat
 def test_ctrl_c_on_a_real_terminal(tmp_path):
     """It reaches the benchmark alone; the runs end with a checkpoint."""
     command = [
-        sys.executable, "-m", "cleanrl.utils.benchmark", "--env-ids", GAME, "--num-seeds", "1",
+        sys.executable, "-m", "cleanrl.utils.benchmark.__main__", "--env-ids", GAME, "--num-seeds", "1",
         "--command", f"{QUICK} --step-s 0.05 --total-timesteps 100 --checkpoint-interval 0",
     ]  # fmt: skip
     child, terminal = pty.fork()

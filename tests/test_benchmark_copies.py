@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cleanrl.utils import benchmark_copies
-from cleanrl.utils.benchmark_copies import FolderSender, Home, SupersededError
-from cleanrl.utils.checkpoint import Run, manifests, newest_checkpoint
+from cleanrl.utils.benchmark import copies as benchmark_copies
+from cleanrl.utils.benchmark.copies import FolderSender, Home, SupersededError
+from cleanrl.utils.run.checkpoint import Run, manifests, newest_checkpoint
 
 NAME = "Pong__test__1"
 

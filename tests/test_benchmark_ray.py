@@ -13,8 +13,8 @@ import psutil
 import pytest
 from many_runs import Benchmark, curve, starts, the_folder
 
-from cleanrl.utils.checkpoint import manifests, newest_checkpoint
-from cleanrl.utils.parallel_envs import available_cores
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.run.checkpoint import manifests, newest_checkpoint
 
 QUICK_TO_NOTICE = {  # that a node is dead
     "health_check_initial_delay_ms": 500,
@@ -175,7 +175,7 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_
     ],
 )
 def test_a_cluster_that_cannot_be_used_is_one_line(cluster, address, fault):
-    from cleanrl.utils.benchmark_ray import (  # not before `cluster` has set what Ray reads
+    from cleanrl.utils.benchmark.ray_cluster import (  # not before `cluster` has set what Ray reads
         ClusterError,
         connect,
     )

@@ -25,8 +25,11 @@ from resume_runs import (
     tiny_options,
 )
 
-from cleanrl.utils import checkpoint, interrupts, storage
-from cleanrl.utils.checkpoint import (
+from cleanrl.utils import signals as interrupts
+from cleanrl.utils import storage
+from cleanrl.utils.replay.rows import held_positions
+from cleanrl.utils.run import checkpoint
+from cleanrl.utils.run.checkpoint import (
     MAY_CHANGE,
     Checkpoint,
     Run,
@@ -34,8 +37,7 @@ from cleanrl.utils.checkpoint import (
     newest_checkpoint,
     newest_unfinished_run,
 )
-from cleanrl.utils.interrupts import Stopped, StopSignals
-from cleanrl.utils.replay_files import held_positions
+from cleanrl.utils.signals import Stopped, StopSignals
 
 KILLS = 12  # of each of the two scripts that are killed at exact instants
 TORCH_SCRIPTS = [script for script in SCRIPTS if "jax" not in script]
@@ -430,7 +432,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from cleanrl.utils.checkpoint import Run
+from cleanrl.utils.run.checkpoint import Run
 options = {"env_id": "Pong", "exp_name": "test", "seed": 1, "checkpoint_interval": 1, "resume": sys.argv[1]}
 Run(SimpleNamespace(**options), "script")
 """

@@ -24,10 +24,10 @@ from stable_baselines3.common.buffers import ReplayBuffer as StableBaselines3Buf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
-from cleanrl.utils.interrupts import Stopped
-from cleanrl.utils.parallel_envs import FinishedGame, StepResult, WorkerError
-from cleanrl.utils.replay_files import open_replay
-from cleanrl.utils.weights import flatten, to_flax, to_torch, unflatten
+from cleanrl.utils.games.parallel_envs import FinishedGame, StepResult, WorkerError
+from cleanrl.utils.replay.rows import open_replay
+from cleanrl.utils.signals import Stopped
+from cleanrl.utils.weights.files import flatten, to_flax, to_torch, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_ACTIONS = 6

@@ -1,4 +1,4 @@
-"""`python -m cleanrl.utils.enjoy`: networks of every kind, whole games, and what a user can get wrong."""
+"""`python -m cleanrl.enjoy`: networks of every kind, whole games, and what a user can get wrong."""
 
 import os
 import subprocess
@@ -15,9 +15,9 @@ import torch
 from both_scripts import JAX, TORCH
 from safetensors.numpy import save_file
 
-from cleanrl.utils import enjoy
-from cleanrl.utils.enjoy import Args, find_model, load_player, main, play
-from cleanrl.utils.weights import fit_weights, flatten, read_weights, to_flax, to_torch, unflatten
+from cleanrl import enjoy
+from cleanrl.enjoy import Args, find_model, load_player, main, play
+from cleanrl.utils.weights.files import fit_weights, flatten, read_weights, to_flax, to_torch, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PONG = "PongNoFrameskip-v4"
@@ -202,7 +202,7 @@ def test_a_hub_without_the_model_is_one_line_with_this_programs_options():
 def test_without_a_display_one_line_says_what_to_do(display):
     hidden = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     process = subprocess.run(
-        [sys.executable, "-m", "cleanrl.utils.enjoy", "--model-path", str(TEACHER), "--games", "1"],
+        [sys.executable, "-m", "cleanrl.enjoy", "--model-path", str(TEACHER), "--games", "1"],
         cwd=ROOT, env={k: v for k, v in os.environ.items() if k not in hidden} | display,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_jax_impalacnn
-from cleanrl.utils.env_state import get_state, set_state
-from cleanrl.utils.parallel_envs import IDLE, ParallelEnvs
+from cleanrl.utils.games.env_state import get_state, set_state
+from cleanrl.utils.games.parallel_envs import IDLE, ParallelEnvs
 from cleanrl.utils.storage import pack, unpack
 
 GAMES = ["PongNoFrameskip-v4", "BreakoutNoFrameskip-v4", "BeamRiderNoFrameskip-v4"]

@@ -10,7 +10,7 @@ from ale_py.env import AtariEnv
 from stable_baselines3.common import atari_wrappers as stable_baselines3
 
 from cleanrl.qdagger_dqn_atari_impalacnn import EpisodicLife, MaxAndSkip, NoopReset, Resize, make_env
-from cleanrl.utils.atari import RANDOM_SCORES, count_actions
+from cleanrl.utils.games.atari import RANDOM_SCORES, count_actions
 
 SEED = 3
 ALL_IDS = sorted(

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cleanrl.utils.events import EventWriter
+from cleanrl.utils.run.events import EventWriter
 
 
 def read(folder: Path) -> EventAccumulator:

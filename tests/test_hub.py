@@ -1,4 +1,4 @@
-"""cleanrl/utils/hub.py with the real huggingface_hub client, against a local server."""
+"""cleanrl/utils/hub/download.py with the real huggingface_hub client, against a local server."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def run_download(endpoint: str, home: Path, *arguments: str, **settings: str) ->
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
     }
-    code = "import sys; from cleanrl.utils.hub import download; print(download(*sys.argv[1:]))"
+    code = "import sys; from cleanrl.utils.hub.download import download; print(download(*sys.argv[1:]))"
     started = time.monotonic()
     process = subprocess.run(
         [sys.executable, "-c", code, *(arguments or (REPO, FILE))],
@@ -161,7 +161,7 @@ def test_slow_download_goes_on_while_it_makes_progress(tmp_path):
 
 
 def test_import_needs_no_framework():
-    code = "import sys, cleanrl.utils.hub, cleanrl.utils.weights; print(*sys.modules)"
+    code = "import sys, cleanrl.utils.hub.download, cleanrl.utils.weights.files; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

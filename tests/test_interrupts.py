@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cleanrl.utils.interrupts import Stopped, StopSignals
+from cleanrl.utils.signals import Stopped, StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -60,7 +60,7 @@ def test_the_second_signal_ends_the_process_at_once(number):
     status, output, _ = run(
         f"""
 import signal
-from cleanrl.utils.interrupts import StopSignals
+from cleanrl.utils.signals import StopSignals
 with StopSignals():
     signal.raise_signal({int(number)})
     print("first", flush=True)
@@ -77,7 +77,7 @@ def test_before_there_is_anything_to_lose_ctrl_c_is_one_line():
     status, _, errors = run(
         """
 import signal
-from cleanrl.utils.interrupts import exit_on_ctrl_c
+from cleanrl.utils.signals import exit_on_ctrl_c
 exit_on_ctrl_c()
 signal.raise_signal(signal.SIGINT)
 """

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from cleanrl.utils import memory
-from cleanrl.utils.memory import GPU_BYTES, PROCESS_BYTES, WORKER_BYTES, place_replay_buffer
+from cleanrl.utils.replay import memory
+from cleanrl.utils.replay.memory import GPU_BYTES, PROCESS_BYTES, WORKER_BYTES, place_replay_buffer
 
 GB = 10**9
 BESIDE = PROCESS_BYTES + 2 * WORKER_BYTES

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cleanrl.utils import parallel_envs
-from cleanrl.utils.parallel_envs import IDLE, FinishedGame, ParallelEnvs, WorkerError
+from cleanrl.utils.games import parallel_envs
+from cleanrl.utils.games.parallel_envs import IDLE, FinishedGame, ParallelEnvs, WorkerError
 
 ROOT = Path(__file__).parent.parent
 GO_ON, TERMINATE, TRUNCATE, DIE, RAISE, HANG = range(6)
@@ -235,7 +235,7 @@ import sys, time
 from functools import partial
 import numpy as np
 {imports}
-from cleanrl.utils.parallel_envs import ParallelEnvs
+from cleanrl.utils.games.parallel_envs import ParallelEnvs
 
 def main():
     print("starts", flush=True)

@@ -15,7 +15,7 @@ from replay_adapters import JaxReplay, Replay, TorchReplay
 from stable_baselines3.common.buffers import ReplayBuffer as StableBaselines3Buffer
 
 from cleanrl.qdagger_dqn_atari_jax_impalacnn import ReplayBuffer as JaxReplayBuffer
-from cleanrl.utils.parallel_envs import StepResult
+from cleanrl.utils.games.parallel_envs import StepResult
 
 NUM_ACTIONS = 6
 GAMMA = 0.9

@@ -24,9 +24,9 @@ from large_replay import LargeReplay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
-from cleanrl.utils import replay_files
-from cleanrl.utils.parallel_envs import StepResult
-from cleanrl.utils.replay_files import check_new_folder, open_replay, save_replay
+from cleanrl.utils.games.parallel_envs import StepResult
+from cleanrl.utils.replay import rows as replay_files
+from cleanrl.utils.replay.rows import check_new_folder, open_replay, save_replay
 from cleanrl.utils.storage import read_manifest, read_tree, write_manifest, write_tree
 
 PONG = "PongNoFrameskip-v4"

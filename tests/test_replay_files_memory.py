@@ -7,8 +7,8 @@ from pathlib import Path
 from large_replay import LargeReplay
 from traced_memory import peak_memory
 
-from cleanrl.utils import replay_files
-from cleanrl.utils.replay_files import open_replay, save_replay
+from cleanrl.utils.replay import rows as replay_files
+from cleanrl.utils.replay.rows import open_replay, save_replay
 
 PONG, NUM_ACTIONS = "PongNoFrameskip-v4", 6
 NUM_FILES, ROWS_PER_FILE = 30, 100

@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from cleanrl.utils import report, report_content, report_runs
-from cleanrl.utils.atari import HUMAN_SCORES, RANDOM_SCORES
-from cleanrl.utils.events import EventWriter
-from cleanrl.utils.report_content import environment_series, over_all_games, plotted_series, results
-from cleanrl.utils.report_pages import Bullets, Paragraph, Table, block_to_html, block_to_markdown
-from cleanrl.utils.report_pictures import COLORS, GREY, Level, Series, Shade, draw_curves, spread_out
-from cleanrl.utils.report_runs import (
+from cleanrl.utils.games.atari import HUMAN_SCORES, RANDOM_SCORES
+from cleanrl.utils.report import __main__ as report
+from cleanrl.utils.report import content as report_content
+from cleanrl.utils.report import runs as report_runs
+from cleanrl.utils.report.content import environment_series, over_all_games, plotted_series, results
+from cleanrl.utils.report.pages import Bullets, Paragraph, Table, block_to_html, block_to_markdown
+from cleanrl.utils.report.pictures import COLORS, GREY, Level, Series, Shade, draw_curves, spread_out
+from cleanrl.utils.report.runs import (
     EVALUATION,
     GAMES,
     OFFLINE,
@@ -35,7 +36,7 @@ from cleanrl.utils.report_runs import (
     find_runs,
     read_run,
 )
-from cleanrl.utils.report_statistics import (
+from cleanrl.utils.report.statistics import (
     MeanCurve,
     estimate,
     group_runs,
@@ -45,6 +46,7 @@ from cleanrl.utils.report_statistics import (
     spread,
     trailing_means,
 )
+from cleanrl.utils.run.events import EventWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 PONG_RUNS = ROOT / "docs" / "results" / "pong"
@@ -525,7 +527,13 @@ def test_text_is_shown_as_it_is():
 def pong(tmp_path_factory):
     """The report of the kept Pong runs, made as a user makes it."""
     folder = tmp_path_factory.mktemp("reports") / "pong"
-    command = [sys.executable, "-m", "cleanrl.utils.report", "docs/results/pong", "--include-unfinished"]
+    command = [
+        sys.executable,
+        "-m",
+        "cleanrl.utils.report.__main__",
+        "docs/results/pong",
+        "--include-unfinished",
+    ]
     done = subprocess.run(
         [*command, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -16,7 +16,7 @@ from both_scripts import JAX, TORCH
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from cleanrl.utils.checkpoint import Run, newest_checkpoint
+from cleanrl.utils.run.checkpoint import Run, newest_checkpoint
 
 TEACHER = Path(__file__).resolve().parents[1] / "cleanrl" / "teachers" / "PongNoFrameskip-v4.safetensors"
 DQN = {

@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTran
 
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
-from cleanrl.utils.hub import teacher_filename
-from cleanrl.utils.weights import read_weights
+from cleanrl.utils.hub.download import teacher_filename
+from cleanrl.utils.weights.files import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from cleanrl.utils.tracking import check_tracking, start_tracking
+from cleanrl.utils.run.tracking import check_tracking, start_tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (

@@ -28,9 +28,9 @@ from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl.qdagger_dqn_atari_impalacnn import StudentNetwork
-from cleanrl.utils import training_run
-from cleanrl.utils.interrupts import Stopped
-from cleanrl.utils.parallel_envs import FinishedGame, StepResult, WorkerError
+from cleanrl.utils.games.parallel_envs import FinishedGame, StepResult, WorkerError
+from cleanrl.utils.run import training_run
+from cleanrl.utils.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 PONG_TEACHER = ROOT / "cleanrl" / "teachers" / "PongNoFrameskip-v4.safetensors"

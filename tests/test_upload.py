@@ -18,8 +18,8 @@ from hub_server import UploadServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax
-from cleanrl.utils.arguments import check_arguments
-from cleanrl.utils.upload import command_line
+from cleanrl.utils.command_line import check_arguments
+from cleanrl.utils.hub.publish import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "PongNoFrameskip-v4-mine-seed3"
@@ -48,7 +48,7 @@ def run(folder: Path, endpoint: str, *command: str, **settings: str) -> SimpleNa
 def upload(folder: Path, server: UploadServer, *options: str, **settings: str) -> SimpleNamespace:
     (run_folder,) = (folder / "runs").iterdir()
     relative = str(run_folder.relative_to(folder))
-    return run(folder, server.url, "-m", "cleanrl.utils.upload", relative, *options, **settings)
+    return run(folder, server.url, "-m", "cleanrl.utils.hub.publish", relative, *options, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_a_failure_at_the_end_loses_nothing_and_says_how_to_go_on(failed):
     assert "Traceback" not in failed.err
     line = failed.err.splitlines()[-1]
     assert re.match(r"error: no upload to the Hub: http://127\.0\.0\.1:\d+ answered with error 503", line)
-    assert line.endswith(f"upload it later with python -m cleanrl.utils.upload runs/{failed.run_folder.name}")
+    assert line.endswith(
+        f"upload it later with python -m cleanrl.utils.hub.publish runs/{failed.run_folder.name}"
+    )
     assert failed.steps[0] == "whoami"
     files = {path.relative_to(failed.run_folder).as_posix() for path in failed.run_folder.rglob("*")}
     assert files >= {"mine.cleanrl_model", "README.md", "dqn_atari.py", "videos/final/game.mp4"}
@@ -118,7 +120,7 @@ def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
     assert metric["args"] == {"games": 3}
     assert {"PongNoFrameskip-v4", "reinforcement-learning", "dqn"} <= set(yaml.safe_load(header)["tags"])
     assert f"**{mean_and_std.replace('+/-', '±')}** (standard deviation) over the 3 games" in text
-    assert f"python -m cleanrl.utils.enjoy --hf-repo alice/{NAME}\n" in text
+    assert f"python -m cleanrl.enjoy --hf-repo alice/{NAME}\n" in text
     shown = [option for option in TINY if option != "--upload-model"]
     (command,) = re.findall(r"python cleanrl/dqn_atari\.py (.*)", text)
     assert sorted(command.split()) == sorted(["1.0" if option == "1" else option for option in shown])
@@ -144,7 +146,7 @@ def test_a_published_model_can_be_played(failed, server):
     uploaded = upload(failed.folder, server, "--hf-entity", "alice")
     assert uploaded.status == 0, uploaded.err
     options = ["--hf-repo", f"alice/{NAME}", "--games", "1", "--video-folder", "videos"]
-    outcome = run(failed.folder, server.url, "-m", "cleanrl.utils.enjoy", *options)
+    outcome = run(failed.folder, server.url, "-m", "cleanrl.enjoy", *options)
     assert outcome.status == 0, outcome.err
     game, mean = outcome.out.splitlines()
     episodic_return = float(re.fullmatch(r"game 1: return (\S+)", game)[1])
@@ -189,7 +191,7 @@ def refusals(tmp_path_factory) -> dict[str, SimpleNamespace]:
     code = """
 import sys
 from types import SimpleNamespace
-from cleanrl.utils.training_run import check_services
+from cleanrl.utils.run.training_run import check_services
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 check_services(SimpleNamespace(
     track=False, upload_model=True, hf_entity=options.get("--hf-entity"), env_id="PongNoFrameskip-v4",
@@ -250,7 +252,7 @@ def test_an_upload_that_fails_can_be_done_again(name, failed, server, tmp_path):
 
 
 def test_a_folder_that_is_no_run_to_be_uploaded_is_one_line(tmp_path, server):
-    outcome = run(tmp_path, server.url, "-m", "cleanrl.utils.upload", "nowhere")
+    outcome = run(tmp_path, server.url, "-m", "cleanrl.utils.hub.publish", "nowhere")
     assert (outcome.status, len(outcome.err.splitlines())) == (1, 1)
     assert outcome.err.startswith("error: nowhere cannot be uploaded")
     assert server.steps == []

@@ -8,7 +8,7 @@ import numpy as np
 from moviepy import VideoFileClip
 from traced_memory import peak_memory
 
-from cleanrl.utils.video import RecordGame
+from cleanrl.utils.games.video import RecordGame
 
 HEIGHT, WIDTH, GAME_LENGTH = 210, 160, 200
 

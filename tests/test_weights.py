@@ -1,4 +1,4 @@
-"""cleanrl/utils/weights.py: good files in every format, width and layout, and the bad ones users may have."""
+"""cleanrl/utils/weights/files.py: good files in every format, width and layout, and the bad ones users may have."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from cleanrl.qdagger_dqn_atari_impalacnn import Args, StudentNetwork, TeacherNetwork, load_teacher
-from cleanrl.utils.weights import (
+from cleanrl.utils.weights.files import (
     check_weights,
     fit_weights,
     flatten,
@@ -112,7 +112,7 @@ def test_reads_what_a_module_saves(tmp_path):
 def test_safetensors_need_no_torch(tmp_path):
     half = {name: tensor.bfloat16() for name, tensor in tensors().items()}
     code = (
-        "import sys; sys.modules['torch'] = None; from cleanrl.utils.weights import read_weights;"
+        "import sys; sys.modules['torch'] = None; from cleanrl.utils.weights.files import read_weights;"
         "read_weights(sys.argv[1])"
     )
 

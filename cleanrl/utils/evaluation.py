@@ -7,7 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from cleanrl.utils.parallel_envs import IDLE, ParallelEnvs
+from cleanrl.utils.games.parallel_envs import IDLE, ParallelEnvs
 
 MAX_GAME_FRAMES = 108_000  # half an hour at 60 frames a second, the field's usual bound
 MAX_PARALLEL_GAMES = 16

@@ -21,9 +21,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cleanrl.qdagger_dqn_atari_impalacnn import ReplayBuffer, make_env
-from cleanrl.utils.atari import count_actions
-from cleanrl.utils.checkpoint import Run, newest_checkpoint
-from cleanrl.utils.parallel_envs import ParallelEnvs
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.parallel_envs import ParallelEnvs
+from cleanrl.utils.run.checkpoint import Run, newest_checkpoint
 
 NUM_ENVS = 8
 

@@ -103,7 +103,7 @@ class ScriptPhases:
     """A script's own phases, each for a number of steps; what the two scripts call differently is below."""
 
     def __init__(self, script_name: str, device: str, num_envs: int):
-        from cleanrl.utils.parallel_envs import ParallelEnvs
+        from cleanrl.utils.games.parallel_envs import ParallelEnvs
 
         self.script = importlib.import_module(f"cleanrl.{script_name}")
         self.args = create_args(self.script, device, num_envs)
@@ -144,7 +144,7 @@ class ScriptPhases:
         """
         import numpy as np
 
-        from cleanrl.utils.parallel_envs import StepResult
+        from cleanrl.utils.games.parallel_envs import StepResult
 
         num_envs = self.args.num_envs
         observations = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), np.uint8)
@@ -292,7 +292,7 @@ class Limits:
 
     def frames_per_s(self) -> float:
         """Frames per second of ALE's bare `act` with random actions, in one process per core, added up."""
-        from cleanrl.utils.parallel_envs import available_cores
+        from cleanrl.utils.games.parallel_envs import available_cores
 
         cores = available_cores()
         with multiprocessing.get_context("spawn").Pool(cores) as pool:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from cleanrl.utils.report_statistics import CONFIDENCE, Estimate, MeanCurve, Spread, to_text
+from cleanrl.utils.report.statistics import CONFIDENCE, Estimate, MeanCurve, Spread, to_text
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -17,7 +17,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_
 from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
 
-from cleanrl.utils.checkpoint import MAY_CHANGE, event_files
+from cleanrl.utils.run.checkpoint import MAY_CHANGE, event_files
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<start_time>\d+)")
 TEACHER = "charts/teacher/avg_episodic_return"

@@ -2,7 +2,7 @@
 
 All that is published lies in the run's folder, so that a failed upload can be made up for:
 
-    python -m cleanrl.utils.upload runs/PongNoFrameskip-v4__qdagger_dqn_atari_impalacnn__1__1700000000
+    python -m cleanrl.utils.hub.publish runs/PongNoFrameskip-v4__qdagger_dqn_atari_impalacnn__1__1700000000
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constan
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from cleanrl.utils.hub import ask_the_hub, silence_limit_s
-from cleanrl.utils.interrupts import exit_on_ctrl_c
+from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s
+from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = [
     "README.md",
     "*.cleanrl_model",
@@ -135,7 +135,7 @@ The returns: {", ".join(f"{value:.10g}" for value in returns)}.
 In a checkout of the code that `{script.name}` is from:
 
 ```bash
-python -m cleanrl.utils.enjoy --hf-repo {repo_id}
+python -m cleanrl.enjoy --hf-repo {repo_id}
 ```
 
 ## Train it again
@@ -171,7 +171,7 @@ def upload(folder: Path, entity: str | None = None) -> None:
     Raises:
         SystemExit: with one line that says how to try again.
     """
-    again = f"python -m cleanrl.utils.upload {shlex.quote(str(folder))}"
+    again = f"python -m cleanrl.utils.hub.publish {shlex.quote(str(folder))}"
     try:
         card = ModelCard.load(folder / "README.md")
         name = card.data.model_name

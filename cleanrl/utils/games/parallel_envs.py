@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from cleanrl.utils.env_state import get_state, set_state
+from cleanrl.utils.games.env_state import get_state, set_state
 
 IDLE = -1  # the action that leaves a copy untouched
 WORKER_TIMEOUT_S = 120.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cleanrl.utils.report_runs import GAMES, Curve, RunResults
+from cleanrl.utils.report.runs import GAMES, Curve, RunResults
 
 CONFIDENCE = 0.95
 CURVE_POINTS = 500

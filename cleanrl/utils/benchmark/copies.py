@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cleanrl.utils.benchmark_runs import State, is_finished, resumable
-from cleanrl.utils.checkpoint import Checkpoint, event_files, manifests
+from cleanrl.utils.benchmark.runs import State, is_finished, resumable
+from cleanrl.utils.run.checkpoint import Checkpoint, event_files, manifests
 from cleanrl.utils.storage import DamagedError
 
 PIECE_BYTES = 8 * 2**20

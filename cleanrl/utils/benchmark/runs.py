@@ -22,7 +22,7 @@ from typing import Literal
 
 import filelock
 
-from cleanrl.utils.checkpoint import manifests
+from cleanrl.utils.run.checkpoint import manifests
 from cleanrl.utils.storage import write_durably
 
 POLL_S = 0.5

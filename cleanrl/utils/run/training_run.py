@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.animation import animate
-from cleanrl.utils.checkpoint import Run
-from cleanrl.utils.events import EventWriter
-from cleanrl.utils.interrupts import Stopped
-from cleanrl.utils.parallel_envs import WorkerError
-from cleanrl.utils.replay_files import Replay
-from cleanrl.utils.tracking import check_tracking, start_tracking
-from cleanrl.utils.upload import check_upload, copy_sources, repo_name, upload, write_card
+from cleanrl.utils.games.animation import animate
+from cleanrl.utils.games.parallel_envs import WorkerError
+from cleanrl.utils.hub.publish import check_upload, copy_sources, repo_name, upload, write_card
+from cleanrl.utils.replay.rows import Replay
+from cleanrl.utils.run.checkpoint import Run
+from cleanrl.utils.run.events import EventWriter
+from cleanrl.utils.run.tracking import check_tracking, start_tracking
+from cleanrl.utils.signals import Stopped
 
 
 def check_services(args: Any) -> None:

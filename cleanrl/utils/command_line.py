@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from cleanrl.utils.checkpoint import newest_unfinished_run, saved_options
+from cleanrl.utils.run.checkpoint import newest_unfinished_run, saved_options
 
 LEAST = {
     "seed": 0,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cleanrl.utils.atari import HUMAN_SCORES, RANDOM_SCORES
-from cleanrl.utils.report_pages import (
+from cleanrl.utils.games.atari import HUMAN_SCORES, RANDOM_SCORES
+from cleanrl.utils.report.pages import (
     Block,
     Bullets,
     Heading,
@@ -21,9 +21,9 @@ from cleanrl.utils.report_pages import (
     to_html,
     to_markdown,
 )
-from cleanrl.utils.report_pictures import Level, Panel, Series, Shade, draw_curves, draw_estimates
-from cleanrl.utils.report_runs import EVALUATION, GAMES, OFFLINE, TEACHER, Curve, Found, RunResults
-from cleanrl.utils.report_statistics import (
+from cleanrl.utils.report.pictures import Level, Panel, Series, Shade, draw_curves, draw_estimates
+from cleanrl.utils.report.runs import EVALUATION, GAMES, OFFLINE, TEACHER, Curve, Found, RunResults
+from cleanrl.utils.report.statistics import (
     CONFIDENCE,
     Estimate,
     Group,
@@ -67,7 +67,7 @@ Interval = Callable[[Callable[..., float], Sequence[np.ndarray]], Estimate]
 def write_report(folder: Path, found: Found, args: Any) -> None:
     """Writes report.md, report.html and the pictures.
 
-    `args` are those of `cleanrl.utils.report`.
+    `args` are those of `cleanrl.utils.report.__main__`.
     """
     groups = group_runs(found.runs)
     blocks = [

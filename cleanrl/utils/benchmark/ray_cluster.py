@@ -17,8 +17,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cleanrl
-from cleanrl.utils.benchmark_copies import PIECE_BYTES, FolderSender, Home
-from cleanrl.utils.benchmark_runs import POLL_S, Job, Plan, RunProcess, State
+from cleanrl.utils.benchmark.copies import PIECE_BYTES, FolderSender, Home
+from cleanrl.utils.benchmark.runs import POLL_S, Job, Plan, RunProcess, State
 
 LOCAL = "local"
 START_ONE = "; start a cluster with `ray start --head` first, or use --ray-address local"

@@ -21,11 +21,11 @@ from typing import TextIO
 
 import tyro
 
-from cleanrl.utils.arguments import MOST, refuse
-from cleanrl.utils.atari import count_actions
-from cleanrl.utils.benchmark_runs import Job, LocalRunner, Plan, option_value, run_environment, script_index
-from cleanrl.utils.interrupts import StopSignals, exit_on_ctrl_c
-from cleanrl.utils.parallel_envs import available_cores
+from cleanrl.utils.benchmark.runs import Job, LocalRunner, Plan, option_value, run_environment, script_index
+from cleanrl.utils.command_line import MOST, refuse
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.signals import StopSignals, exit_on_ctrl_c
 
 RECORDS = Path("runs") / "benchmark"
 OURS = ("env_id", "seed", "resume")  # options of a run that the benchmark sets
@@ -268,17 +268,17 @@ def make_runner(args: Args, jobs: list[Job]) -> Iterator:
         # Before Ray is imported. Where Ray cannot have a second machine it listens on 127.0.0.1 alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
-        from cleanrl.utils import benchmark_ray
+        from cleanrl.utils.benchmark import ray_cluster
     except ImportError:
         raise SystemExit(
             f"error: --ray-address {args.ray_address} needs Ray: pip install -r"
             " requirements/requirements-cloud.txt, or leave it out"
         ) from None
     try:
-        benchmark_ray.connect(args.ray_address, args.cpus_per_run, args.gpus_per_run)
-    except benchmark_ray.ClusterError as error:
+        ray_cluster.connect(args.ray_address, args.cpus_per_run, args.gpus_per_run)
+    except ray_cluster.ClusterError as error:
         raise SystemExit(f"error: {error}") from None
-    runner = benchmark_ray.RayRunner(
+    runner = ray_cluster.RayRunner(
         jobs,
         args.cpus_per_run,
         args.gpus_per_run,

@@ -19,9 +19,9 @@ from typing import Any
 import filelock
 import numpy as np
 
-from cleanrl.utils.interrupts import Stopped, StopSignals
-from cleanrl.utils.parallel_envs import WorkerError
-from cleanrl.utils.replay_files import Replay, fitting_rows, held_positions, rows_between
+from cleanrl.utils.games.parallel_envs import WorkerError
+from cleanrl.utils.replay.rows import Replay, fitting_rows, held_positions, rows_between
+from cleanrl.utils.signals import Stopped, StopSignals
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import tyro
 
-from cleanrl.utils.arguments import refuse
-from cleanrl.utils.interrupts import exit_on_ctrl_c
-from cleanrl.utils.report_runs import find_runs
+from cleanrl.utils.command_line import refuse
+from cleanrl.utils.report.runs import find_runs
+from cleanrl.utils.signals import exit_on_ctrl_c
 
 REPORT_FILES = re.compile(r"report\.(html|md)|over-all-games\.png|(curves|comparison)-.+\.png")
 REQUIREMENTS = "requirements/requirements-report.txt"
@@ -76,7 +76,7 @@ def main(args: Args) -> None:
         reason = f"{len(found.left_out)} left out" if found.left_out else "there is none"
         raise SystemExit(f"error: no run in {names} can be used: {reason}")
 
-    from cleanrl.utils.report_content import write_report  # which needs the packages that were looked for
+    from cleanrl.utils.report.content import write_report  # which needs the packages that were looked for
 
     try:
         output = args.output.resolve()

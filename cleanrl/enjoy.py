@@ -1,7 +1,7 @@
 """Plays with a trained student or teacher, in a window or into a video.
 
-    python -m cleanrl.utils.enjoy --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
-    python -m cleanrl.utils.enjoy --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
+    python -m cleanrl.enjoy --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
+    python -m cleanrl.enjoy --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
 
 A program, no part of the training: it alone imports the scripts, for their networks and wrappers.
 """
@@ -22,11 +22,11 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from cleanrl.utils.arguments import refuse
-from cleanrl.utils.atari import count_actions
-from cleanrl.utils.hub import Advice, download, teacher_filename
-from cleanrl.utils.interrupts import exit_on_ctrl_c
-from cleanrl.utils.weights import fit_weights, flatten, read_weights, unflatten
+from cleanrl.utils.command_line import refuse
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.hub.download import Advice, download, teacher_filename
+from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.weights.files import fit_weights, flatten, read_weights, unflatten
 
 ADVICE = Advice("--hf-repo", "--hf-file", "play a local one with --model-path FILE")
 GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
