@@ -1,9 +1,9 @@
-"""Plays with a trained student or teacher, in a window or into a video.
+"""Plays games with a trained student or teacher, in a window or into videos.
 
-    python -m cleanrl.enjoy --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
-    python -m cleanrl.enjoy --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
+    python cleanrl/enjoy.py --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
+    python cleanrl/enjoy.py --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
 
-A program, no part of the training: it alone imports the scripts, for their networks and wrappers.
+A student is played by the framework that trained it, a teacher by PyTorch or, without it, by JAX.
 """
 
 import importlib
@@ -20,13 +20,17 @@ from tempfile import TemporaryDirectory
 
 import gymnasium as gym
 import numpy as np
-import tyro
 
-from cleanrl.utils.command_line import refuse
+if not __package__:  # started as a file: the helpers below lie beside it, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveInt
+from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub.download import Advice, download, teacher_filename
 from cleanrl.utils.signals import exit_on_ctrl_c
-from cleanrl.utils.weights.files import fit_weights, flatten, read_weights, unflatten
+from cleanrl.utils.weights.files import read_weights
+from cleanrl.utils.weights.layouts import fit_weights, flatten, is_flax, is_student, unflatten
 
 ADVICE = Advice("--hf-repo", "--hf-file", "play a local one with --model-path FILE")
 GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
@@ -34,32 +38,35 @@ GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
 
 @dataclass
 class Args:
+    # agent
     model_path: Path | None = None
-    """a student or a teacher in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
+    """a student or teacher in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
     hf_repo: str | None = None
     """or its repository on the Hub"""
     hf_file: str | None = None
-    """its file there (default: {exp_name}.cleanrl_model of a repository {env_id}-{exp_name}-seed{seed})"""
+    """its file there (default: {exp_name}.cleanrl_model in a repository {env_id}-{exp_name}-seed{seed})"""
+
+    # game
     env_id: str | None = None
-    """the game, as {Game}NoFrameskip-v4 (default: the one in the path or in the repository's name)"""
-    games: int = 3
-    """games to play"""
-    seed: int = 1
+    """the game, as {Game}NoFrameskip-v4 (default: the one in the path or the repository's name)"""
+    games: PositiveInt = 3
+    """number of games"""
+    seed: NonNegativeInt = 1
     """seed of the games and of the random actions"""
-    epsilon: float = 0.01
-    """the probability of a random action"""
+    epsilon: Fraction = 0.01
+    """probability of a random action"""
     video_folder: Path | None = None
-    """where to write an mp4 of each game, instead of opening a window"""
+    """write an mp4 of each game to this folder instead of opening a window"""
 
 
 def find_model(args: Args) -> tuple[Path, str]:
-    """The weights' file, downloaded if need be, and the game.
+    """The file of weights, downloaded if needed, and the game.
 
     Raises:
-        SystemExit: with one line, if there is no such file or it is not clear which game it is for.
+        SystemExit: with a one-line error if there is no such file or its game is unknown.
     """
     if (args.model_path is None) == (args.hf_repo is None):
-        raise SystemExit("error: name the model with one of --model-path and --hf-repo")
+        raise SystemExit("error: name the model with either --model-path or --hf-repo")
     name = args.hf_repo or args.model_path.as_posix()
     env_id = args.env_id or next(reversed(GAME.findall(name)), None)
     if env_id is None:
@@ -75,16 +82,15 @@ def find_model(args: Args) -> tuple[Path, str]:
 
 
 def load_player(path: Path, env_id: str) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[..., gym.Env]]:
-    """From a file of weights to the function of `evaluate` that gives Q-values, and the game's `make_env`.
+    """Loads a file of weights; returns its function from observations to Q-values, and the `make_env` to use.
 
     Raises:
-        SystemExit: with one line, if the file cannot be used, for this game or with what is installed.
+        SystemExit: with a one-line error if the file cannot be used for this game or with these packages.
     """
     weights = read_weights(path)
-    is_flax = any(name.startswith("params/") for name in weights)
-    is_student = "network.0.conv.weight" in weights or "params/ConvSequence_0/Conv_0/kernel" in weights
-    # A student stays with its framework: their max-poolings pad differently. A teacher has none.
-    use_jax = is_flax if is_student else find_spec("torch") is None
+    plays_student = is_student(weights)
+    # A student needs its own framework: their max-poolings pad differently. A teacher has none.
+    use_jax = is_flax(weights) if plays_student else find_spec("torch") is None
     framework, suffix, packages = ("jax", "_jax", "jax") if use_jax else ("torch", "", "atari")
     if find_spec(framework) is None:
         raise SystemExit(
@@ -92,12 +98,12 @@ def load_player(path: Path, env_id: str) -> tuple[Callable[[np.ndarray], np.ndar
             f" pip install -r requirements/requirements-{packages}.txt"
         )
     script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{suffix}_impalacnn")
-    if is_student:
-        dense_bias = weights.get("params/Dense_0/bias" if is_flax else "network.5.bias", np.zeros(256))
+    if plays_student:
+        dense_bias = weights.get("params/Dense_0/bias" if use_jax else "network.5.bias", np.zeros(256))
         network = script.StudentNetwork(count_actions(env_id), len(dense_bias))
     else:
         network = script.TeacherNetwork(count_actions(env_id))
-    fit = partial(fit_weights, weights, source=str(path), role="student" if is_student else "teacher")
+    fit = partial(fit_weights, weights, source=str(path), role="student" if plays_student else "teacher")
     if use_jax:
         import jax
 
@@ -109,21 +115,21 @@ def load_player(path: Path, env_id: str) -> tuple[Callable[[np.ndarray], np.ndar
 
     fitted = fit(network.state_dict())
     network.load_state_dict({name: torch.from_numpy(array) for name, array in fitted.items()})
-    return partial(script.compute_q_values, network, torch.device("cpu")), script.make_env
+    return partial(script.compute_q_values, network), script.make_env
 
 
 def open_window(env: gym.Env) -> None:
-    """What ALE does for render_mode "human", from the next seeded reset on; but without sound.
+    """Does what ALE does for render_mode "human", from the next seeded reset on, but without sound.
 
-    Where there is no sound card, its library would fill the screen with complaints.
+    Without a sound card, ALE's sound library would flood the terminal with complaints.
     """
-    if sys.platform == "linux":  # or SDL would take a window that nobody sees where there is no display
+    if sys.platform == "linux":  # without a display, SDL would otherwise open an invisible window
         os.environ.setdefault("SDL_VIDEODRIVER", "wayland,x11")
     env.unwrapped.ale.setBool("display_screen", True)
 
 
 def play(env: gym.Env, q_values: Callable[[np.ndarray], np.ndarray], seed: int, epsilon: float) -> float:
-    """Plays one whole game and gives its return, unclipped."""
+    """Plays one whole game and returns its unclipped return."""
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     while True:
@@ -131,26 +137,21 @@ def play(env: gym.Env, q_values: Callable[[np.ndarray], np.ndarray], seed: int, 
         if rng.random() < epsilon:
             action = rng.integers(env.action_space.n)
         observation, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:  # a life at least; the reset tells whether the game was over
+        if terminated or truncated:  # at least a life; the reset reports whether the game was over
             observation, info = env.reset()
             if "episode" in info:
                 return info["episode"]["r"]
 
 
 def main(args: Args) -> None:
-    if args.games < 1:
-        refuse("games", args.games, "must be at least 1")
-    if args.seed < 0:
-        refuse("seed", args.seed, "must be at least 0")
-    if not 0 <= args.epsilon <= 1:
-        refuse("epsilon", args.epsilon, "must lie between 0 and 1")
+    check_bounds(args)
     path, env_id = find_model(args)
     q_values, make_env = load_player(path, env_id)
     if args.video_folder:
         try:
             args.video_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            refuse("video_folder", args.video_folder, f"cannot be made ({error.strerror}); name another")
+            refuse("video_folder", args.video_folder, f"cannot be created ({error.strerror}); name another")
     returns = []
     for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games), start=1):
         with TemporaryDirectory() as scratch:
@@ -174,4 +175,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     exit_on_ctrl_c()
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args))

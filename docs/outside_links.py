@@ -1,8 +1,8 @@
-"""A hook of mkdocs, so that pages link to files outside docs/ as they do where they are read beside the code.
+"""An mkdocs hook that makes links to files outside docs/ work on the site as they do in the repository.
 
-A file that a page links to, such as `../cleanrl/teachers/README.md`, gets a page of its own on the site, a
-program as a listing. A link to a folder becomes plain text: the site shows none. A link to nothing stays as
-it is, and `mkdocs build --strict` refuses it.
+Every file that a page links to, such as `../cleanrl/teachers/README.md`, gets a page on the site; source code
+is shown as a listing. A link to a folder becomes plain text, because the site has no folders. A dead link is
+left as it is, and `mkdocs build --strict` fails on it.
 """
 
 import posixpath
@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = PurePosixPath("docs")
-OUTSIDE = PurePosixPath("files")  # where the site has what lies outside docs/
+OUTSIDE = PurePosixPath("files")  # the site's folder for files outside docs/
 LINK = re.compile(r"(?<!!)\[(?P<text>[^]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
 LISTING = """\
 ---
@@ -31,12 +31,12 @@ hide: [toc]
 
 
 def target_of(link: re.Match, page: PurePosixPath) -> PurePosixPath:
-    """What a link on a page leads to; both are paths from the top of the repository."""
+    """The target of a link on a page; both are paths from the top of the repository."""
     return PurePosixPath(posixpath.normpath(page.parent / link["target"]))
 
 
 def to_site(path: PurePosixPath) -> PurePosixPath:
-    """A path in the repository -> where its page is among the site's sources."""
+    """The path of a repository file's page among the site's sources."""
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS)
     return OUTSIDE / (path if path.suffix == ".md" else f"{path}.md")
@@ -58,7 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Makes the links of a page of docs/ lead to those pages."""
+    """Points the links of a page in docs/ to those pages."""
     source = PurePosixPath(page.file.src_uri)
     if source.is_relative_to(OUTSIDE):
         return markdown

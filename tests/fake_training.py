@@ -1,6 +1,6 @@
 """A training script that learns nothing: it counts, as slowly as it is told, and writes a run as others do.
 
-Its result depends on every step: what went wrong between a checkpoint and what went on from it shows.
+Its result depends on every step, so that any fault between a checkpoint and its resumption shows.
 """
 
 import hashlib
@@ -11,32 +11,46 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cleanrl.utils.command_line import parse_arguments
-from cleanrl.utils.run.checkpoint import Run
-from cleanrl.utils.run.events import EventWriter
+from cleanrl.utils.run.charts import EPISODIC_RETURN
+from cleanrl.utils.run.options import RunOptions
+from cleanrl.utils.run.training_run import TrainingRun
+from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
 
 
 @dataclass
-class Args:
+class Args(RunOptions):
     exp_name: str = Path(__file__).stem
-    env_id: str = "PongNoFrameskip-v4"
-    seed: int = 1
-    total_timesteps: int = 20
-    step_s: float = 0.02
-    state_bytes: int = 1000
+    """part of the name of the run's folder"""
     checkpoint_interval: float = 0.1
-    resume: str | None = None
+    """seconds between two checkpoints"""
+    env_id: str = "PongNoFrameskip-v4"
+    """a game, which is not played"""
+    repeat_action_probability: float = 0.0
+    """of this game"""
+    total_timesteps: int = 20
+    """steps to count"""
+    step_s: float = 0.02
+    """seconds for a step"""
+    state_bytes: int = 1000
+    """size of a checkpoint"""
     fail_seed: int | None = None
-    """with this seed it fails halfway, unless it has been gone on with"""
+    """with this seed it fails halfway, unless it was resumed"""
     die_seed: int | None = None
-    """the same, killed by a signal"""
+    """with this seed it is killed by a signal halfway, unless it was resumed"""
     slow_seed: int | None = None
     """with this seed each step takes a hundred times as long"""
     deaf: bool = False
-    """does not hear SIGTERM"""
+    """ignore SIGTERM"""
+
+
+@dataclass
+class State:
+    step: int = 0
+    value: str = ""
+    noise: bytes = b""
+    gradient_steps: int = 0
 
 
 def result(seed: int, steps: int) -> str:
@@ -52,14 +66,12 @@ def next_value(value: str, seed: int, step: int) -> str:
 
 
 def main(args: Args) -> None:
-    with Run(args, "fake_training") as run:
+    state = State()
+    with TrainingRun(args, Path(__file__), state, make_env=print, model="none") as run:
         if args.deaf:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        step, value = 0, ""
-        if run.resumed:
-            step, value = (run.resumed.read_state()[name] for name in ("step", "value"))
         start = {
-            "step": step,
+            "step": state.step,
             "where": os.getcwd(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "process": os.getpid(),
@@ -67,29 +79,24 @@ def main(args: Args) -> None:
         }
         with (run.folder / "starts.jsonl").open("a") as file:
             print(json.dumps(start), file=file)
-        writer = EventWriter(run.folder)
-        with tqdm(total=args.total_timesteps, initial=step, desc="counting", unit=" steps") as progress:
-            while step < args.total_timesteps:
-                if run.is_due():
-                    writer.flush()
-                    state = {"step": step, "value": value, "noise": os.urandom(args.state_bytes)}
-                    run.save(state, "none", None)
-                run.raise_if_stopped()
+        with run.progress("counting", state.step, args.total_timesteps, "steps") as progress:
+            while state.step < args.total_timesteps:
+                state.noise = os.urandom(args.state_bytes)
+                run.checkpoint()
                 time.sleep(args.step_s * (100 if args.seed == args.slow_seed else 1))
-                step += 1
-                value = next_value(value, args.seed, step)
-                writer.add_scalar("charts/step", step, step)
+                state.step += 1
+                state.value = next_value(state.value, args.seed, state.step)
+                run.plot({EPISODIC_RETURN: state.step}, state.step)
                 progress.update()
-                if step == args.total_timesteps // 2 and not run.resumed:
+                if state.step == args.total_timesteps // 2 and not args.resume:
                     if args.seed == args.fail_seed:
-                        raise SystemExit(f"error: seed {args.seed} cannot go on")
+                        raise SystemExit(f"error: seed {args.seed} cannot continue")
                     if args.seed == args.die_seed:
                         os.kill(os.getpid(), signal.SIGKILL)
-        write_durably(run.folder / f"{args.exp_name}.cleanrl_model", value.encode())
+        write_durably(run.folder / f"{args.exp_name}.cleanrl_model", state.value.encode())
         (run.folder / "ended").write_text(str(time.time()))
-        writer.close()
-        run.finish()
 
 
 if __name__ == "__main__":
+    exit_on_ctrl_c()
     main(parse_arguments(Args))

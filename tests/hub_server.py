@@ -2,11 +2,18 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # What the Hub answers instead of the file: status and X-Error-Code
@@ -19,6 +26,25 @@ ERRORS = {
     "server_error": (503, None),
     "retry_after": (429, None),
 }
+
+
+def run_python(endpoint: str, folder: Path, *arguments: str, **settings: str) -> SimpleNamespace:
+    """Runs Python in `folder`, a process of its own, as the client reads its settings when it is imported."""
+    folder.mkdir(exist_ok=True)
+    is_set_here = re.compile(r"HF_.*|.*_proxy", re.IGNORECASE).fullmatch
+    others = {name: value for name, value in os.environ.items() if not is_set_here(name)}
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=others | ours | settings,
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    return SimpleNamespace(
+        status=process.returncode,
+        out=process.stdout,
+        err=process.stderr,
+        elapsed_s=time.monotonic() - started,
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -91,10 +117,10 @@ class Handler(BaseHTTPRequestHandler):
 class HubServer(ThreadingHTTPServer):
     """Serves `content` as every file of every repo. `mode` may be changed while it runs:
 
-    ok, any of ERRORS, redirect (the file is on another host, as large files of the Hub are), no_hub (a web
+    ok, any of ERRORS, redirect (the file is on another host, as the Hub's large files are), no_hub (a web
     server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
-    apart), and with only the first half of the body arriving: stalled, stalled_anew (each time from the start
-    again), truncated.
+    apart); where only the first half of the body arrives: stalled, stalled_anew (from the start each time),
+    truncated.
     """
 
     daemon_threads = True
@@ -123,7 +149,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_):
-        """Nothing to report where a client that gave up has closed the connection."""
+        """Reports nothing when a client that gave up has closed the connection."""
 
 
 class UploadHandler(Handler):
@@ -242,9 +268,9 @@ class UploadHandler(Handler):
 
 
 class UploadServer(HubServer):
-    """Takes uploads as well. `repos` are files by repo and path: their content, and "regular" or "lfs".
+    """Accepts uploads as well. `repos` has files by repo and path: their content, and "regular" or "lfs".
 
-    With `fails_at`, one of whoami, create, preupload, lfs, commit, that step fails in the way of `mode`.
+    The step `fails_at`, one of whoami, create, preupload, lfs, commit, fails as `mode` says.
     """
 
     handler = UploadHandler

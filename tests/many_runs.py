@@ -1,4 +1,4 @@
-"""Benchmarks as their users start them, of tests/fake_training.py, and what came of its runs."""
+"""Benchmarks as users start them, of tests/fake_training.py, and the results of their runs."""
 
 import json
 import os
@@ -12,12 +12,16 @@ from typing import Any, ClassVar
 
 from resume_runs import read_events
 
+from cleanrl.utils.run.charts import EPISODIC_RETURN
+from cleanrl.utils.run.checkpoint import newest_checkpoint
+from cleanrl.utils.run.folders import manifests
+
 ROOT = Path(__file__).resolve().parents[1]
 GAME = "PongNoFrameskip-v4"
 
 
 class Benchmark:
-    """A benchmark of the fake training script, of which the folder has a copy; it prints into files."""
+    """A benchmark of the fake training script, copied to `folder`; its output goes into files."""
 
     started: ClassVar[list["Benchmark"]] = []
 
@@ -27,7 +31,7 @@ class Benchmark:
         with (folder / "output").open("w") as output, (folder / "errors").open("w") as errors:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "cleanrl.utils.benchmark.__main__", "--env-ids", GAME,
+                    sys.executable, "-m", "cleanrl.utils.benchmark", "--env-ids", GAME,
                     "--command", f"{command} {options}", *arguments,
                 ],
                 cwd=folder, stdout=output, stderr=errors, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -38,7 +42,7 @@ class Benchmark:
 
     @classmethod
     def end_all(cls) -> None:
-        """Ends what a test that failed has left."""
+        """Ends what a failed test has left running."""
         for benchmark in cls.started:
             if benchmark.process.poll() is None:
                 benchmark.process.kill()
@@ -61,7 +65,7 @@ class Benchmark:
             time.sleep(0.05)
 
     def end(self, signal_number: int | None = None, timeout_s: float = 120.0) -> int:
-        """Sends a signal, if one is given, and waits for the end; gives the exit status."""
+        """Sends a signal, if one is given, and waits for the end; returns the exit status."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
         try:
@@ -71,18 +75,31 @@ class Benchmark:
 
 
 def the_folder(folder: Path, seed: int, game: str = GAME) -> Path | None:
-    """The newest that the runs of a seed have made."""
+    """The newest folder of a seed's runs."""
     return max((folder / "runs").glob(f"{game}__fake_training__{seed}__*"), default=None)
 
 
+def model(folder: Path, seed: int, game: str = GAME) -> str:
+    """The result of a seed's run."""
+    return (the_folder(folder, seed, game) / "fake_training.cleanrl_model").read_text()
+
+
 def starts(folder: Path, seed: int, game: str = GAME) -> list[dict[str, Any]]:
-    """What the run of a seed says of each time that it was started."""
+    """What the run of a seed noted at each of its starts."""
     path = (the_folder(folder, seed, game) or Path("none")) / "starts.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def saved_step(folder: Path, seed: int) -> int:
+    """The step of the newest checkpoint of a seed's run; -1 if there is none yet."""
+    run_folder = the_folder(folder, seed)
+    if not manifests(run_folder):
+        return -1
+    return newest_checkpoint(run_folder).read_state()["state"]["step"]
+
+
 def curve(run_folder: Path) -> list[int]:
-    """The steps of its curve; each has the step for its value."""
-    points = read_events(run_folder)["charts/step"]
+    """The steps of its curve, on which each value is its step."""
+    points = read_events(run_folder)[EPISODIC_RETURN]
     assert all(step == value for step, value in points)
     return [step for step, _ in points]

@@ -1,46 +1,27 @@
 """cleanrl/utils/hub/download.py with the real huggingface_hub client, against a local server."""
 
-import os
 import re
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_server import COMMIT, HubServer
+from hub_server import COMMIT, ROOT, HubServer, run_python
 
-ROOT = Path(__file__).parent.parent
 REPO, FILE = "cleanrl/PongNoFrameskip-v4-dqn_atari-seed1", "dqn_atari.cleanrl_model"
 CONTENT = bytes(range(256)) * 8192  # 2 MB
 SHORT_TIMEOUTS = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
 
 
 def run_download(endpoint: str, home: Path, *arguments: str, **settings: str) -> SimpleNamespace:
-    """Runs `download` in a process of its own, because the client reads its settings when it is imported."""
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
-    }
-    code = "import sys; from cleanrl.utils.hub.download import download; print(download(*sys.argv[1:]))"
-    started = time.monotonic()
-    process = subprocess.run(
-        [sys.executable, "-c", code, *(arguments or (REPO, FILE))],
-        cwd=ROOT,
-        env=clean | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | settings,
-        capture_output=True,
-        text=True,
-        timeout=100,
+    code = (
+        "import sys; from cleanrl.utils.hub.download import download; print(download(*sys.argv[1:]), end='')"
     )
-    return SimpleNamespace(
-        status=process.returncode,
-        out=process.stdout.strip(),
-        err=process.stderr,
-        elapsed_s=time.monotonic() - started,
-    )
+    return run_python(endpoint, home, "-c", code, *(arguments or (REPO, FILE)), **settings)
 
 
 def refused_url() -> str:
@@ -77,7 +58,7 @@ FAILURES = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """All failures side by side: most of them wait."""
+    """All failures at once: most of them wait."""
     homes = tmp_path_factory.mktemp("homes")
 
     def run(name: str) -> SimpleNamespace:
@@ -90,8 +71,9 @@ def outcomes(tmp_path_factory) -> dict[str, SimpleNamespace]:
         return dict(zip(FAILURES, pool.map(run, FAILURES), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
-def test_failure_is_one_clear_line(name, outcomes):
+def test_a_failure_is_a_one_line_error(name, outcomes):
     _, arguments, _, expected = FAILURES[name]
     outcome = outcomes[name]
     assert (outcome.status, outcome.out) == (1, "")
@@ -127,6 +109,7 @@ def test_pinned_revision_is_requested(revision, tmp_path):
     assert {path for _, path, _ in server.requests} == {f"/{REPO}/resolve/{revision}/{FILE}"}
 
 
+@pytest.mark.slow
 def test_cached_file_is_used_when_the_hub_fails(tmp_path):
     with HubServer(CONTENT) as server:
         first = run_download(server.url, tmp_path)
@@ -135,7 +118,7 @@ def test_cached_file_is_used_when_the_hub_fails(tmp_path):
         assert {method for method, _, _ in server.requests[requests:]} == {"HEAD"}
         offline = run_download(server.url, tmp_path, HF_HUB_OFFLINE="1")
         assert len(server.requests) == requests + 2
-        server.mode = "no_file"  # no failure of the Hub: the file was taken back
+        server.mode = "no_file"  # not a failure of the Hub: the file was withdrawn
         assert "no such file" in run_download(server.url, tmp_path).err
         server.mode = "server_error"
         failing = run_download(server.url, tmp_path)
@@ -147,7 +130,8 @@ def test_cached_file_is_used_when_the_hub_fails(tmp_path):
         assert outcome.elapsed_s < 10
 
 
-def test_slow_download_goes_on_while_it_makes_progress(tmp_path):
+@pytest.mark.slow
+def test_slow_download_continues_while_it_makes_progress(tmp_path):
     """In two processes: runs started together share the cache, and the client lets one of them download."""
     timeouts = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     with HubServer(CONTENT, "slow", pause_s=0.5) as server, ThreadPoolExecutor(2) as pool:

@@ -1,11 +1,7 @@
 """--upload-model with the real huggingface_hub client, against a local server that keeps what arrives."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from hub_server import UploadServer
+from hub_server import ROOT, UploadServer, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax
 from cleanrl.utils.command_line import check_arguments
-from cleanrl.utils.hub.publish import command_line
+from cleanrl.utils.hub.card import command_line
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "PongNoFrameskip-v4-mine-seed3"
 TINY = [
     "--env-id", "PongNoFrameskip-v4", "--exp-name", "mine", "--seed", "3", "--total-timesteps", "64",
@@ -30,34 +25,23 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(folder: Path, endpoint: str, *command: str, **settings: str) -> SimpleNamespace:
-    """Runs Python in `folder`; the client reads its settings when it is imported."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.endswith("_proxy")}
-    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
-    started = time.monotonic()
-    process = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=clean | ours | {"HF_TOKEN": "hf_secret"} | settings,
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    elapsed_s = time.monotonic() - started
-    return SimpleNamespace(
-        status=process.returncode, out=process.stdout, err=process.stderr, elapsed_s=elapsed_s
-    )
+def run(folder: Path, server: UploadServer, *arguments: str, **settings: str) -> SimpleNamespace:
+    return run_python(server.url, folder, *arguments, **{"HF_TOKEN": server.token} | settings)
 
 
 def upload(folder: Path, server: UploadServer, *options: str, **settings: str) -> SimpleNamespace:
     (run_folder,) = (folder / "runs").iterdir()
     relative = str(run_folder.relative_to(folder))
-    return run(folder, server.url, "-m", "cleanrl.utils.hub.publish", relative, *options, **settings)
+    return run(folder, server, "-m", "cleanrl.utils.hub.publish", relative, *options, **settings)
 
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory) -> SimpleNamespace:
-    """A run whose upload failed when it came to its end: the server did not take the commit."""
+    """A finished run whose upload failed: the server refused the commit."""
     folder = tmp_path_factory.mktemp("failed")
     with UploadServer() as server:
         server.fails_at, server.mode = "commit", "server_error"
-        outcome = run(folder, server.url, str(ROOT / "cleanrl" / "dqn_atari.py"), *TINY)
+        outcome = run(folder, server, str(ROOT / "cleanrl" / "dqn_atari.py"), *TINY)
         (run_folder,) = (folder / "runs").iterdir()
         outcome.folder, outcome.run_folder, outcome.steps = folder, run_folder, server.steps
         return outcome
@@ -69,21 +53,23 @@ def server():
         yield server
 
 
-def test_a_failure_at_the_end_loses_nothing_and_says_how_to_go_on(failed):
+@pytest.mark.slow
+def test_a_failure_at_the_end_loses_nothing_and_says_how_to_repeat_it(failed):
     assert failed.status == 1
     assert "Traceback" not in failed.err
     line = failed.err.splitlines()[-1]
-    assert re.match(r"error: no upload to the Hub: http://127\.0\.0\.1:\d+ answered with error 503", line)
+    assert re.match(r"error: cannot upload to the Hub: http://127\.0\.0\.1:\d+ answered with error 503", line)
     assert line.endswith(
         f"upload it later with python -m cleanrl.utils.hub.publish runs/{failed.run_folder.name}"
     )
     assert failed.steps[0] == "whoami"
     files = {path.relative_to(failed.run_folder).as_posix() for path in failed.run_folder.rglob("*")}
     assert files >= {"mine.cleanrl_model", "README.md", "dqn_atari.py", "videos/final/game.mp4"}
-    assert "checkpoints" not in files  # the run has come to its end
+    assert "checkpoints" not in files  # the run has finished
 
 
-def test_all_that_makes_a_model_arrives_as_it_is(failed, server):
+@pytest.mark.slow
+def test_everything_about_a_model_arrives_unchanged(failed, server):
     (failed.run_folder / "mine-offline.cleanrl_model").write_bytes(b"an older one")
     outcome = upload(failed.folder, server)
     assert outcome.status == 0, outcome.err
@@ -103,7 +89,8 @@ def test_all_that_makes_a_model_arrives_as_it_is(failed, server):
     assert tomllib.loads(files["pyproject.toml"][0].decode())["project"]["name"] == "qdagger-atari"
 
 
-def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
+@pytest.mark.slow
+def test_the_card_has_the_real_result_and_how_to_get_it_again(failed):
     _, header, text = (failed.run_folder / "README.md").read_text("utf-8").split("---\n", 2)
     events = EventAccumulator(str(failed.run_folder))
     events.Reload()
@@ -120,7 +107,7 @@ def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
     assert metric["args"] == {"games": 3}
     assert {"PongNoFrameskip-v4", "reinforcement-learning", "dqn"} <= set(yaml.safe_load(header)["tags"])
     assert f"**{mean_and_std.replace('+/-', '±')}** (standard deviation) over the 3 games" in text
-    assert f"python -m cleanrl.enjoy --hf-repo alice/{NAME}\n" in text
+    assert f"python cleanrl/enjoy.py --hf-repo alice/{NAME}\n" in text
     shown = [option for option in TINY if option != "--upload-model"]
     (command,) = re.findall(r"python cleanrl/dqn_atari\.py (.*)", text)
     assert sorted(command.split()) == sorted(["1.0" if option == "1" else option for option in shown])
@@ -128,7 +115,8 @@ def test_the_card_tells_the_real_result_and_how_to_get_it_again(failed):
         assert f"| `{option}` | {value} |" in text
 
 
-def test_what_the_repo_held_of_an_earlier_run_goes_and_what_else_it_held_stays(failed, server):
+@pytest.mark.slow
+def test_files_of_an_earlier_run_are_removed_from_the_repo_and_others_stay(failed, server):
     files = {"events.out.tfevents.1": b"old", "videos/final/old.mp4": b"old", "notes.txt": b"mine"}
     server.repos[f"lab/{NAME}"] = {name: (content, "regular") for name, content in files.items()}
     before = (failed.run_folder / "README.md").read_text("utf-8")
@@ -142,11 +130,12 @@ def test_what_the_repo_held_of_an_earlier_run_goes_and_what_else_it_held_stays(f
     assert f"--hf-repo lab/{NAME}" in card
 
 
+@pytest.mark.slow
 def test_a_published_model_can_be_played(failed, server):
     uploaded = upload(failed.folder, server, "--hf-entity", "alice")
     assert uploaded.status == 0, uploaded.err
     options = ["--hf-repo", f"alice/{NAME}", "--games", "1", "--video-folder", "videos"]
-    outcome = run(failed.folder, server.url, "-m", "cleanrl.enjoy", *options)
+    outcome = run(failed.folder, server, "-m", "cleanrl.enjoy", *options)
     assert outcome.status == 0, outcome.err
     game, mean = outcome.out.splitlines()
     episodic_return = float(re.fullmatch(r"game 1: return (\S+)", game)[1])
@@ -169,7 +158,7 @@ SHORT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
 REFUSALS = {
     "no_token": (None, [], {"HF_TOKEN": ""}, "there is no token; run hf auth login, or set HF_TOKEN"),
     "bad_token": (None, [], {"HF_TOKEN": "hf_other"}, r"the Hub refuses the token \(401\); set HF_TOKEN"),
-    "read_token": (set_account(auth=READ_TOKEN), [], {}, "the token of alice may only read; set HF_TOKEN"),
+    "read_token": (set_account(auth=READ_TOKEN), [], {}, "the token of alice is read-only; set HF_TOKEN"),
     "foreign": (
         None,
         ["--hf-entity", "else"],
@@ -177,7 +166,7 @@ REFUSALS = {
         "may not write to --hf-entity else; use one of alice, lab",
     ),
     "reader": (None, ["--hf-entity", "museum"], {}, "may not write to --hf-entity museum; use one of"),
-    "bad_name": (None, ["--exp-name", "a b"], {}, "PongNoFrameskip-v4-a b-seed3 is no name of a repo"),
+    "bad_name": (None, ["--exp-name", "a b"], {}, "PongNoFrameskip-v4-a b-seed3 is not a valid repo name"),
     "offline": (None, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it"),
     "down": (set_failure("whoami", "server_error"), [], {}, "answered with error 503; try again later"),
     "silent": (set_failure("whoami", "silent"), [], SHORT, "stopped answering"),
@@ -187,16 +176,15 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """All of them side by side: the check of a training script, without the seconds that its imports take."""
+    """All of them at once."""
     code = """
 import sys
 from types import SimpleNamespace
-from cleanrl.utils.run.training_run import check_services
+from cleanrl.utils.hub.card import repo_name
+from cleanrl.utils.hub.publish import check_upload
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-check_services(SimpleNamespace(
-    track=False, upload_model=True, hf_entity=options.get("--hf-entity"), env_id="PongNoFrameskip-v4",
-    exp_name=options.get("--exp-name", "mine"), seed=3,
-))
+args = SimpleNamespace(env_id="PongNoFrameskip-v4", exp_name=options.get("--exp-name", "mine"), seed=3)
+check_upload(repo_name(args), options.get("--hf-entity"))
 """
     folders = {name: tmp_path_factory.mktemp(name) for name in REFUSALS}
 
@@ -205,35 +193,37 @@ check_services(SimpleNamespace(
         with UploadServer() as server:
             if change:
                 change(server)
-            return run(folders[name], server.url, "-c", code, *options, **settings)
+            return run(folders[name], server, "-c", code, *options, **settings)
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(REFUSALS, pool.map(refuse, REFUSALS), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_fail_at_the_end_is_one_line_before_any_work(name, refusals):
+def test_what_would_fail_at_the_end_is_a_one_line_error_at_the_start(name, refusals):
     outcome, words = refusals[name], REFUSALS[name][3]
     assert (outcome.status, outcome.out) == (1, "")
-    assert re.fullmatch(rf"error: no upload to the Hub: .*{words}.*\n", outcome.err), outcome.err
+    assert re.fullmatch(rf"error: cannot upload to the Hub: .*{words}.*\n", outcome.err), outcome.err
     assert outcome.elapsed_s < 40
 
 
 FAILURES = {
     "create_refused": (set_failure("create", "gated"), {}, r"the Hub refuses the token \(403\)"),
     "file_refused": (set_failure("lfs", "gated"), {}, r"the Hub refuses the token \(403\)"),
-    "no_token_any_more": (None, {"HF_TOKEN": ""}, "there is no token"),
+    "token_gone": (None, {"HF_TOKEN": ""}, "there is no token"),
     "silent": (set_failure("preupload", "silent"), SHORT, "stopped answering"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
-def test_an_upload_that_fails_can_be_done_again(name, failed, server, tmp_path):
+def test_a_failed_upload_can_be_repeated(name, failed, server, tmp_path):
     change, settings, words = FAILURES[name]
     run_folder = tmp_path / "runs" / failed.run_folder.name
     run_folder.mkdir(parents=True)
     shutil.copy(failed.run_folder / "README.md", run_folder)
-    # The larger, the longer a silent server is waited for.
+    # A larger file would wait longer for a silent server.
     (run_folder / "mine.cleanrl_model").write_bytes(bytes(range(256)))
     if change:
         change(server)
@@ -241,8 +231,8 @@ def test_an_upload_that_fails_can_be_done_again(name, failed, server, tmp_path):
     assert outcome.status == 1
     assert outcome.elapsed_s < 60
     assert re.fullmatch(
-        rf"error: no upload to the Hub: .*{words}.*; nothing is lost, upload it later with"
-        rf" python -m cleanrl\.utils\.upload runs/{run_folder.name}\n",
+        rf"error: cannot upload to the Hub: .*{words}.*; nothing is lost, upload it later with"
+        rf" python -m cleanrl\.utils\.hub\.publish runs/{run_folder.name}\n",
         outcome.err,
     ), outcome.err
     assert not any(server.repos.values())
@@ -251,19 +241,19 @@ def test_an_upload_that_fails_can_be_done_again(name, failed, server, tmp_path):
     assert server.repos[f"alice/{NAME}"].keys() == {"README.md", "mine.cleanrl_model"}
 
 
-def test_a_folder_that_is_no_run_to_be_uploaded_is_one_line(tmp_path, server):
-    outcome = run(tmp_path, server.url, "-m", "cleanrl.utils.hub.publish", "nowhere")
+def test_other_folders_are_a_one_line_error(tmp_path, server):
+    outcome = run(tmp_path, server, "-m", "cleanrl.utils.hub.publish", "nowhere")
     assert (outcome.status, len(outcome.err.splitlines())) == (1, 1)
     assert outcome.err.startswith("error: nowhere cannot be uploaded")
     assert server.steps == []
 
 
-def test_a_model_that_is_not_saved_cannot_be_uploaded():
+def test_upload_needs_a_saved_model():
     with pytest.raises(SystemExit, match=r"^error: --upload-model contradicts --no-save-model$"):
         check_arguments(dqn_atari.Args(upload_model=True, save_model=False))
 
 
-def test_the_command_line_is_what_differs_from_the_defaults():
+def test_the_command_line_leaves_out_defaults():
     args = dqn_atari_jax.Args(save_model=False, seed=2, save_replay=Path("my replay"), resume="runs/x")
     script = Path("/somewhere/dqn_atari_jax.py")
     expected = "python cleanrl/dqn_atari_jax.py --seed 2 --no-save-model --save-replay 'my replay'"

@@ -1,59 +1,87 @@
-"""Reads a training script's command line, and refuses what makes no sense before any work is done."""
+"""Reads a program's command line, explains it, and refuses what makes no sense before any work is done."""
 
 import dataclasses
-import math
+import inspect
+import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
-from cleanrl.utils.run.checkpoint import newest_unfinished_run, saved_options
-
-LEAST = {
-    "seed": 0,
-    "num_envs": 1,
-    "total_timesteps": 1,
-    "buffer_size": 1,
-    "n_step": 1,
-    "target_network_frequency": 1,
-    "batch_size": 1,
-    "learning_starts": 0,
-    "train_frequency": 1,
-    "teacher_eval_episodes": 1,
-    "teacher_steps": 1,
-    "offline_steps": 0,
-    "offline_eval_frequency": 1,
-    "eval_episodes": 1,
-    "distill_steps": 0,
-    "exploration_steps": 0,
-    "dense_width": 1,
-}
-MOST = {"seed": 2**32 - 1}  # what every generator takes
-FRACTIONS = ("repeat_action_probability", "gamma", "tau", "start_e", "end_e", "exploration_fraction")
-POSITIVE = ("learning_rate", "final_learning_rate", "adam_epsilon", "temperature")
-NOT_NEGATIVE = ("distill_weight", "checkpoint_interval")
+from cleanrl.utils.bounds import Bounds
+from cleanrl.utils.games.atari import random_return
+from cleanrl.utils.run.checkpoint import saved_options
+from cleanrl.utils.run.folders import newest_unfinished_run
 
 Args = TypeVar("Args")
 
 
+class Option(NamedTuple):
+    """What the source of a dataclass says of a field: the comment that heads it, and its docstring."""
+
+    group: str
+    help: str
+
+
+def describe_options(args_type: type) -> dict[str, Option]:
+    """The options of a dataclass by name, in order."""
+    found: dict[str, Option] = {}
+    for base in reversed(args_type.__mro__[:-1]):
+        group, name = "options", ""
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
+            elif field := re.match(r"    (\w+): ", line):
+                name = field[1]
+            elif text := re.fullmatch(r'    """(.+)"""', line):
+                found[name] = Option(group, text[1])
+    return {field.name: found[field.name] for field in dataclasses.fields(args_type)}
+
+
+def parse(args_type: type[Args], default: Args | None = None) -> Args:
+    """The command line as an `args_type`; --help shows its module's docstring and the options in groups."""
+    types = typing.get_type_hints(args_type, include_extras=True)
+    options = describe_options(args_type)
+    groups: dict[str, list[tuple]] = {}
+    for field in dataclasses.fields(args_type):
+        value = getattr(default, field.name) if default else field.default
+        settings = tyro.conf.arg(
+            help=options[field.name].help,
+            help_behavior_hint="" if value is None else None,  # the text says what it means, not "None"
+        )
+        typed_field = field.name, Annotated[types[field.name], settings], dataclasses.field(default=value)
+        groups.setdefault(options[field.name].group, []).append(typed_field)
+    members = []
+    for title, fields in groups.items():
+        group = dataclasses.make_dataclass(title, fields)
+        needs_a_value = any(field[2].default is dataclasses.MISSING for field in fields)
+        members.append(
+            (title, group) if needs_a_value else (title, group, dataclasses.field(default_factory=group))
+        )
+    grouped_type = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Options", members)]
+    grouped = tyro.cli(grouped_type, description=sys.modules[args_type.__module__].__doc__)
+    values = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
+    return args_type(**values)
+
+
 def parse_arguments(args_type: type[Args]) -> Args:
-    """The command line as an `args_type`; if it names a run to resume, that run's options are the defaults.
+    """A training script's command line; if it names a run to resume, that run's options are the defaults.
 
     `--resume auto` becomes the newest unfinished run of the experiment and seed, or none if there is none.
 
     Raises:
-        SystemExit: with one line, if that run has no checkpoint that can be used.
+        SystemExit: with a one-line error, if that run has no usable checkpoint.
     """
-    args = tyro.cli(args_type)
+    args = parse(args_type)
     if args.resume is None:
         return args
     run_folder = args.resume
     if args.resume == "auto":
         run_folder = newest_unfinished_run(args.env_id, args.exp_name, args.seed)
         if run_folder is None:
-            print("--resume auto: no unfinished run; this is a new one")
+            print("--resume auto: no unfinished run; starting a new one")
             return dataclasses.replace(args, resume=None)
     options = saved_options(Path(run_folder))
     defaults = {}
@@ -62,39 +90,44 @@ def parse_arguments(args_type: type[Args]) -> Args:
             value = options[field.name]
             is_path = Path in typing.get_args(field.type) and value is not None
             defaults[field.name] = Path(value) if is_path else value
-    args = tyro.cli(args_type, default=args_type(**defaults))
+    args = parse(args_type, default=args_type(**defaults))
     return dataclasses.replace(args, resume=str(run_folder))
 
 
-def check_arguments(args: Any) -> None:
-    """Checks a script's `Args`; an option that the script does not have, or that is None, is not looked at.
+def check_bounds(args: Any) -> None:
+    """Checks every option that has a value against the bounds in its type.
 
     Raises:
-        SystemExit: with one line that names the option, its value and what it must be.
+        SystemExit: with a one-line error that names the option, its value and what it must be.
     """
-    options = {name: value for name, value in vars(args).items() if value is not None}
-    for name, value in options.items():
-        if name in LEAST and value < LEAST[name]:
-            refuse(name, value, f"must be at least {LEAST[name]}")
-        if name in MOST and value > MOST[name]:
-            refuse(name, value, f"must be at most {MOST[name]}")
-        if name in FRACTIONS and not 0 <= value <= 1:
-            refuse(name, value, "must lie between 0 and 1")
-        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
-            refuse(name, value, "must be a number of at least 0")
-        if name in POSITIVE and not 0 < value < math.inf:
-            refuse(name, value, "must be a positive number")
+    for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for part in (kind, *typing.get_args(kind)):  # the option's type, or one of an optional's
+            for bounds in getattr(part, "__metadata__", ()):
+                if isinstance(bounds, Bounds) and value is not None and not bounds.admit(value):
+                    refuse(name, value, f"must be {bounds}")
+
+
+def check_arguments(args: Any) -> None:
+    """Checks a training script's options, each by itself and those that depend on each other.
+
+    Raises:
+        SystemExit: with a one-line error that names the option, its value and what it must be.
+    """
+    check_bounds(args)
     if args.batch_size > args.buffer_size:
         refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
     if args.buffer_device == "cuda" and not args.cuda:
         refuse("buffer_device", "cuda", "contradicts --no-cuda")
-    if options.get("upload_model") and not args.save_model:
+    if args.upload_model and not args.save_model:
         raise SystemExit("error: --upload-model contradicts --no-save-model")
-    fewest_steps = options.get("n_step", 1) * args.num_envs
-    if options.get("teacher_steps", fewest_steps) < fewest_steps:
+    fewest_steps = getattr(args, "n_step", 1) * args.num_envs
+    if getattr(args, "teacher_steps", fewest_steps) < fewest_steps:
         refuse(
             "teacher_steps", args.teacher_steps, f"must be at least --n-step times --num-envs, {fewest_steps}"
         )
+    if getattr(args, "return_normalization", "none") == "random":
+        random_return(args.env_id, "random")  # refuses a game whose random player's return is unknown
     if args.learning_starts >= args.total_timesteps:
         warn(
             f"--learning-starts {args.learning_starts} is not below --total-timesteps "
@@ -102,7 +135,7 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def refuse(option: str, value: object, demand: str) -> None:
+def refuse(option: str, value: object, demand: str) -> NoReturn:
     raise SystemExit(f"error: --{option.replace('_', '-')} {value} {demand}")
 
 

@@ -1,9 +1,9 @@
 """Copies of run folders between machines without a shared file system.
 
-The driver's machine has the copy that counts (`Home`). A machine that goes on with a run fetches the folder
-from there; while it works it sends what has changed (`FolderSender`), in pieces of at most PIECE_BYTES. Files
-come before the manifest that names them, and what the newest manifest names is not removed: so at any instant
-the newest checkpoint that the home has is whole.
+The driver's machine has the authoritative copy (`Home`). A machine that resumes a run fetches the folder from
+there; while it works it sends what has changed (`FolderSender`), in pieces of at most PIECE_BYTES. Files are
+sent before the manifest that names them, and what the newest manifest names is not removed, so the newest
+checkpoint at home is complete at all times.
 """
 
 import hashlib
@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cleanrl.utils.benchmark.runs import State, is_finished, resumable
-from cleanrl.utils.run.checkpoint import Checkpoint, event_files, manifests
+from cleanrl.utils.benchmark.records import State, is_finished, resumable
+from cleanrl.utils.run.checkpoint import Checkpoint
+from cleanrl.utils.run.folders import event_files, manifests
 from cleanrl.utils.storage import DamagedError
 
 PIECE_BYTES = 8 * 2**20
 
 
 class SupersededError(Exception):
-    """Another attempt at the run has begun since: this one has nothing to say any more."""
+    """Another attempt at the run has started since; this one must end."""
 
 
 class Beginning(NamedTuple):
     """What an attempt at a run starts from.
 
-    attempt: its number, which it names in whatever it sends
-    folder: to go on with, by its name in `runs`; None: a new one
-    files: of that folder, with `runs/` left out
-    over: None, or why there is nothing to do: the run is done, or all runs are to be stopped
+    attempt: its number, which it names in everything it sends
+    folder: the folder to resume, by its name in `runs`; None: a new one
+    files: that folder's, relative to `runs`
+    over: None, or why there is nothing to do: the run is done, or all runs are being stopped
     """
 
     attempt: int
@@ -42,7 +43,7 @@ class Beginning(NamedTuple):
 
 @dataclass
 class Attempt:
-    """What the home knows of a run's newest attempt."""
+    """What the home knows about a run's newest attempt."""
 
     number: int
     node: str
@@ -50,12 +51,12 @@ class Attempt:
 
 
 class Home:
-    """The copies that count, and the logs; the driver and the machines at work talk to it.
+    """The authoritative copies and the logs; the driver and the working machines call it.
 
     Args:
         runs: the driver's folder `runs`.
-        logs: by a run's name, the file that what it printed is appended to.
-        folders: by a run's name, the folder in `runs` that it has written to so far, if any.
+        logs: by run name, the file that its output is appended to.
+        folders: by run name, the folder in `runs` it has written to so far, if any.
     """
 
     def __init__(self, runs: Path, logs: dict[str, Path], folders: dict[str, str | None]):
@@ -64,7 +65,7 @@ class Home:
         self.is_stopping = False
 
     def begin(self, name: str, node: str) -> Beginning:
-        """A machine takes up a run, for the first time or after another one has died."""
+        """A machine starts a run, for the first time or after another machine has died."""
         before = self.attempts.get(name)
         folder = self.folders[name]
         run_folder = self.runs / folder if folder else None
@@ -85,29 +86,29 @@ class Home:
     def _check(self, name: str, attempt: int) -> Attempt:
         newest = self.attempts[name]
         if newest.number != attempt:
-            raise SupersededError(f"{name} is at work on {newest.node} by now")
+            raise SupersededError(f"{name} is now running on {newest.node}")
         return newest
 
     def read(self, name: str, attempt: int, file: str, offset: int) -> bytes:
-        """The piece of a file that begins there; empty at its end."""
+        """The piece of a file that starts at `offset`; empty at its end."""
         self._check(name, attempt)
         with (self.runs / file).open("rb") as content:
             content.seek(offset)
             return content.read(PIECE_BYTES)
 
     def report(self, name: str, attempt: int, folder: str | None, log: bytes) -> bool:
-        """Takes the name of the run's folder and what it has printed since; says whether it shall end."""
+        """Takes the name of the run's folder and its new output; returns whether the run is to stop."""
         newest = self._check(name, attempt)
         with self.logs[name].open("ab") as file:
             file.write(log)
         if folder and folder != newest.folder:
-            # From the start the copy is one of an unfinished run.
+            # From the start, the copy looks like an unfinished run.
             (self.runs / folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             newest.folder = self.folders[name] = folder
         return self.is_stopping
 
     def write(self, name: str, attempt: int, file: str, offset: int, data: bytes, is_last: bool) -> None:
-        """Takes a piece of a file, which is there when its last piece is."""
+        """Takes a piece of a file, which exists once its last piece has arrived."""
         self._check(name, attempt)
         path = self.runs / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class Home:
             partial.replace(path)
 
     def append(self, name: str, attempt: int, file: str, offset: int, data: bytes) -> None:
-        """Takes a piece that follows what is there of a file up to `offset`."""
+        """Takes a piece that follows a file's first `offset` bytes."""
         self._check(name, attempt)
         with (self.runs / file).open("r+b") as content:
             content.truncate(offset)
@@ -132,18 +133,18 @@ class Home:
         (self.runs / file).unlink(missing_ok=True)
 
     def finish(self, name: str, attempt: int, checksums: dict[str, str]) -> list[str]:
-        """Makes the copy one of a finished run; or, if files of it are not as they should be, says which."""
+        """Marks the run as finished; or, if some of its files are not as they should be, returns them."""
         newest = self._check(name, attempt)
         wrong = [file for file, sha256 in checksums.items() if _sha256(self.runs / file) != sha256]
         if not wrong:
             run_folder = self.runs / newest.folder
-            finished = run_folder / "finished"  # moved at once: what is half removed is no checkpoint
+            finished = run_folder / "finished"  # moved at once: a half-removed folder has no checkpoints
             (run_folder / "checkpoints").rename(finished)
             shutil.rmtree(finished)
         return wrong
 
     def stop(self) -> None:
-        """From now on each report is answered with the request to end."""
+        """From now on, every report is answered with the request to stop."""
         self.is_stopping = True
 
     def newest_attempts(self) -> dict[str, Attempt]:
@@ -151,7 +152,7 @@ class Home:
 
 
 def _files(run_folder: Path) -> list[Path]:
-    """What belongs to a run, finished or not."""
+    """The files that belong to a run, finished or not."""
     return [
         path
         for path in run_folder.rglob("*")
@@ -170,13 +171,13 @@ class FolderSender:
     """Keeps the home's copy of a run's folder up to date.
 
     Args:
-        runs: the folder `runs` of this machine.
-        call: calls a method of the home, with its name and the arguments that follow the attempt's number.
+        runs: this machine's folder `runs`.
+        call: calls a method of the home by its name, with the arguments after the attempt's number.
     """
 
     def __init__(self, runs: Path, call: Callable[..., Any]):
         self.runs, self.call = runs, call
-        self._sent: dict[str, tuple[int, int]] = {}  # by file: its size and time of change when it was sent
+        self._sent: dict[str, tuple[int, int]] = {}  # by file: size and modification time when sent
 
     def fetch(self, files: tuple[str, ...]) -> None:
         """Copies the home's files here."""
@@ -189,25 +190,25 @@ class FolderSender:
             self._sent[file] = _state(path)
 
     def send(self, run_folder: Path) -> None:
-        """Sends what has changed since the last call; what comes to be meanwhile waits for the next one."""
+        """Sends what has changed since the last call; what changes meanwhile waits for the next one."""
         checkpoints = []
         for path in reversed(manifests(run_folder)):
             try:
                 checkpoints.append((path, Checkpoint(path)))
-            except DamagedError:  # removed this very moment, or no use to anybody
+            except DamagedError:  # removed just now, or useless anyway
                 continue
-        # After the manifests were read: the event files are at least as long as these say.
+        # After reading the manifests, so that the event files are at least as long as these say.
         others = [path for path in _files(run_folder) if path.parent.name not in ("checkpoints", "finished")]
         for path in others:
             self._send_file(path)
         for path, checkpoint in checkpoints:
             if all(self._send_file(path.parent / entry.name) for entry in checkpoint.files()):
                 self._send_file(path)
-        if (run_folder / "checkpoints").is_dir():  # else its end is near, see `finish`
+        if (run_folder / "checkpoints").is_dir():  # else the run is about to finish, see `finish`
             self._remove_what_is_gone(run_folder)
 
     def finish(self, run_folder: Path) -> None:
-        """Sees to it that the home has the finished folder, bit for bit."""
+        """Ensures that the home has the finished folder, bit for bit."""
         checksums = {self._name(path): _sha256(path) for path in _files(run_folder)}
         while wrong := self.call("finish", checksums):
             for file in wrong:
@@ -217,7 +218,7 @@ class FolderSender:
         return path.relative_to(self.runs).as_posix()
 
     def _send_file(self, path: Path) -> bool:
-        """Sends a file if the home has not got it as it is; False if it is gone."""
+        """Sends a file if the home's differs; returns False if the file is gone."""
         try:
             state, before = _state(path), self._sent.get(self._name(path))
             if before and path in event_files(path.parent) and state[0] > before[0]:
@@ -230,7 +231,7 @@ class FolderSender:
 
     def _send_whole(self, path: Path) -> None:
         file, offset = self._name(path), 0
-        with path.open("rb") as content:  # of a file that is replaced meanwhile, the old one
+        with path.open("rb") as content:  # if the file is replaced meanwhile, this stays the old one
             status = os.fstat(content.fileno())
             while True:
                 data = content.read(PIECE_BYTES)
@@ -242,7 +243,7 @@ class FolderSender:
         self._sent[file] = (status.st_size, status.st_mtime_ns)
 
     def _append(self, path: Path, start: int, end: int) -> None:
-        """Event files only grow while a run is at work; what is flushed of them stays."""
+        """For event files, which only grow while a run is working."""
         state = _state(path)
         with path.open("rb") as content:
             content.seek(start)
@@ -258,7 +259,7 @@ class FolderSender:
             newest = run_folder / "checkpoints" / max(held)
             try:
                 needed = {newest.name, *(entry.name for entry in Checkpoint(newest).files())}
-            except DamagedError:  # removed since it was sent: the next call sends a newer one
+            except DamagedError:  # removed since it was sent; the next call sends a newer one
                 return
         gone = [
             file for file in self._sent if not (self.runs / file).exists() and Path(file).name not in needed

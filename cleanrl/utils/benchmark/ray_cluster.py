@@ -1,4 +1,4 @@
-"""Runs a benchmark's jobs on a Ray cluster: placed by Ray, and begun again elsewhere when a machine dies."""
+"""Runs a benchmark's jobs on a Ray cluster, which places them and restarts them when a machine dies."""
 
 import contextlib
 import logging
@@ -11,39 +11,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cleanrl
 from cleanrl.utils.benchmark.copies import PIECE_BYTES, FolderSender, Home
-from cleanrl.utils.benchmark.runs import POLL_S, Job, Plan, RunProcess, State
+from cleanrl.utils.benchmark.plan import Plan
+from cleanrl.utils.benchmark.processes import POLL_S, RunProcess
+from cleanrl.utils.benchmark.records import Job, State
 
 LOCAL = "local"
 START_ONE = "; start a cluster with `ray start --head` first, or use --ray-address local"
 CONNECT_S = 10.0
 REPORT_S = 1.0
-SEND_S = 60.0  # at the end, for what is still to be sent
-# Of the folder that the benchmark is started in, what need not travel, beside what git ignores.
+SEND_S = 60.0  # for what is still to be sent when stopping
+# What is not copied to the machines from the folder in which the benchmark starts, besides what git ignores.
 NOT_CODE = ["/runs/", "/videos/", "/wandb/", ".git/", ".venv/", "venv/", "__pycache__/"]
 
 
 class ClusterError(Exception):
-    """There is no cluster, or it does not have what is asked for; one line."""
+    """There is no cluster, or it lacks what a run requests; a one-line message."""
 
 
 def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
-    """Connects to a cluster that is there, or starts one on this machine if the address is "local".
+    """Connects to an existing cluster, or starts one on this machine if the address is "local".
 
-    The code travels: the folder that this is started in becomes the one that the runs start in.
+    Ray copies the current folder to every machine; the runs start in it.
 
     Raises:
-        ClusterError: there is no such cluster, or no machine of it has what one run asks for.
+        ClusterError: there is no such cluster, or none of its machines has what a run requests.
     """
     if address.startswith("ray://"):
         raise ClusterError(
-            f"--ray-address {address} is that of Ray's client; start the benchmark on a machine of the"
+            f"--ray-address {address} is an address for Ray Client; start the benchmark on a machine of the"
             " cluster, with --ray-address auto"
         )
     if address == "auto":
@@ -61,7 +63,7 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
                 "excludes": NOT_CODE,
             },
         )
-    except Exception as error:  # of many kinds: no cluster, another version of Ray or Python, too much code
+    except Exception as error:  # of many types: no cluster, another version of Ray or Python, too much code
         is_none = isinstance(error, ConnectionError | ValueError)
         raise ClusterError(
             f"--ray-address {address}: {one_line(error)}" + (START_ONE if is_none else "")
@@ -75,12 +77,12 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
         ray.shutdown()
         raise ClusterError(
             f"--cpus-per-run {cpus_per_run} and --gpus-per-run {gpus_per_run:g}: no machine of the cluster"
-            f" has that; they have {have}"
+            f" has these; they have {have}"
         )
 
 
 def check_that_it_answers(address: str) -> None:
-    """Ray itself tries for many minutes, deaf to Ctrl-C."""
+    """Ray itself retries for many minutes and ignores Ctrl-C meanwhile."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         try:
@@ -91,8 +93,8 @@ def check_that_it_answers(address: str) -> None:
 
 @ray.remote
 def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tuple[State, str]:
-    """One attempt at a run, on whichever machine Ray has chosen, in a new folder; gives what became of it."""
-    # A task whose main thread waits for Ray gives its CPUs back meanwhile: one run more would be begun.
+    """One attempt at a run, in a new folder on a machine that Ray chooses; returns what became of it."""
+    # A task whose main thread waits for Ray releases its CPUs meanwhile: one run too many would start.
     with ThreadPoolExecutor(1) as waiting, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
 
         def ask(method: str, *arguments: Any) -> Any:
@@ -106,7 +108,7 @@ def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tu
         if beginning.over:
             return beginning.over, ""
         here = Path(name)
-        for path in Path.cwd().iterdir():  # the code, as it was sent
+        for path in Path.cwd().iterdir():  # the code, as Ray copied it
             (here / path.name).symlink_to(path)
         runs, log = here / "runs", here / f"{plan.name}.log"
         runs.mkdir()
@@ -116,7 +118,7 @@ def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tu
         try:
             status, sent_log = None, 0
             while status is None:
-                status = process.poll(REPORT_S)  # before the last look at what it wrote
+                status = process.poll(REPORT_S)  # before sending the last of its output
                 sent_log, must_stop = report(call, process, log, sent_log)
                 if must_stop:
                     process.stop(grace_s)
@@ -131,7 +133,7 @@ def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tu
 
 
 def report(call: Any, process: RunProcess, log: Path, sent: int) -> tuple[int, bool]:
-    """Sends what the log has more than `sent` bytes; gives its length, and whether the run shall end."""
+    """Sends the log from `sent` bytes on; returns its length, and whether the run is to stop."""
     with log.open("rb") as content:
         content.seek(sent)
         while True:
@@ -146,10 +148,10 @@ class RayRunner:
 
     Args:
         jobs: the runs.
-        cpus_per_run, gpus_per_run: what each asks for; Ray shows it its GPUs.
-        retries: how often a run is begun again when its worker process or machine dies.
+        cpus_per_run, gpus_per_run: what each requests; Ray shows it only its own GPUs.
+        retries: how often a run restarts when its worker process or machine dies.
         variables: environment variables of the runs.
-        grace_s: how long a run that is asked to end may take.
+        grace_s: how long a run may take to stop.
     """
 
     def __init__(
@@ -189,12 +191,12 @@ class RayRunner:
         return bool(self.jobs)
 
     def step(self) -> None:
-        """Waits a little, and takes note of what has begun and what has ended."""
+        """Waits a little, and records what has started and what has ended."""
         try:
             ended, _ = ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=POLL_S)
             attempts = ray.get(self.home.newest_attempts.remote())
         except ray.exceptions.RayError as error:
-            self._end_all("failed", f"the cluster is gone: {first_line(error)}")
+            self._end_all("failed", f"lost the cluster: {first_line(error)}")
             return
         for job in self.jobs.values():
             if attempt := attempts.get(job.plan.name):
@@ -210,9 +212,9 @@ class RayRunner:
     def _end(self, job: Job, task: Any) -> None:
         try:
             state, message = ray.get(task)
-            if job.record.state == "running" or state != "stopped":  # else it was not begun
+            if job.record.state == "running" or state != "stopped":  # else it never started
                 job.end(state, message)
-        except ray.exceptions.RayTaskError as error:  # a full disk, for instance
+        except ray.exceptions.RayTaskError as error:  # such as a full disk
             job.end("failed", f"{type(error.cause).__name__}: {first_line(error.cause)}")
         except ray.exceptions.RayError as error:
             job.end("failed", f"lost its machine or worker {self.retries + 1} times: {first_line(error)}")
@@ -224,7 +226,7 @@ class RayRunner:
         self.jobs.clear()
 
     def stop(self) -> None:
-        """Asks all runs to make a checkpoint, send it and end; those that wait are not begun any more."""
+        """Asks all runs to save and send a checkpoint and exit; waiting ones are not started any more."""
         self.is_stopping = True
         self._give_up_time = time.monotonic() + self.grace_s + SEND_S
         self.home.stop.remote()

@@ -1,0 +1,1 @@
+"""Atari games: ids and scores, environments in worker processes, their state, statistics, video."""

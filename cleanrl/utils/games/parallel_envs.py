@@ -1,8 +1,9 @@
-"""Copies of an environment that step in worker processes while the learner computes.
+"""Environments that step in worker processes while the learner computes.
 
-Each worker process holds several copies, so that a step of all copies costs one message per core instead of
-one per copy. Observations travel through shared memory and are never pickled. A copy whose episode ends is
-reset in the same step; the observation that ended the episode comes beside the first one of the next.
+Each worker process holds several environments, so that a step of all of them costs one message per core, not
+one per environment. Observations travel through shared memory and are never pickled. An environment whose
+episode ends is reset in the same step; the observation that ended the episode comes beside the first one of
+the next.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import numpy as np
 
 from cleanrl.utils.games.env_state import get_state, set_state
 
-IDLE = -1  # the action that leaves a copy untouched
+IDLE = -1  # the action that leaves an environment untouched
 WORKER_TIMEOUT_S = 120.0
 # Workers import the script that holds the wrappers, and these with it: once, in the process they fork from.
 HEAVY_MODULES = ("torch", "jax", "flax", "optax", "stable_baselines3", "gymnasium", "ale_py", "cv2", "tyro")
@@ -39,9 +40,9 @@ class FinishedGame(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one step of all N copies gave; of a copy that was left IDLE only the observation means anything.
+    """One step of all N environments; of one that was left IDLE only the observation means anything.
 
-    observations: (N, *observation_shape), where an episode ended the first one of the next episode
+    observations: (N, *observation_shape); where an episode ended, the first one of the next
     rewards: (N,) float32
     terminations, truncations: (N,) bool
     final_observations: (N, *observation_shape), valid only where an episode ended: the one that ended it
@@ -61,7 +62,7 @@ def _shared_array(buffer, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, layout: list) -> None:
-    """Serves commands from the main process until it says "close" or is gone."""
+    """Serves commands from the main process until it sends "close" or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the main process decides
         signal.signal(number, signal.SIG_IGN)
     observations, rewards, terminations, truncations, final_observations = (
@@ -99,7 +100,7 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
         for env in envs.values():
             env.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # the main process is gone: so are we, without a word
+        os._exit(1)  # the main process is gone: so are we, silently
     except Exception:
         with contextlib.suppress(OSError):
             connection.send(traceback.format_exc())
@@ -119,14 +120,17 @@ def _start_fork_server(context) -> None:
 
 
 class ParallelEnvs:
-    """N copies of an environment in `num_workers` processes; a context manager that ends them.
+    """N environments in `num_workers` processes; a context manager that ends them.
+
+    `observations` (N, *observation_shape) are the current ones.
 
     The environments report a finished game in the info of the *reset* that follows it, as
     `info["episode"] = {"r": return, "l": length}`: a game can end inside another wrapper's reset.
 
     Args:
-        env_fns: one picklable function per copy that makes it.
-        num_workers: processes; by default one per CPU core this process may use, and at most one per copy.
+        env_fns: one picklable function per environment that makes it.
+        num_workers: processes; by default one per CPU core that this process may use, at most one per
+            environment.
         probe_fn: makes an environment with the same spaces, to look at; by default the first of `env_fns`.
     """
 
@@ -174,32 +178,34 @@ class ParallelEnvs:
             raise
 
     def reset(self, seed: int | Sequence[int]) -> np.ndarray:
-        """Starts the first game of every copy, each with a seed of its own that `seed` determines.
+        """Starts the first game of every environment, each with a seed of its own that `seed` determines.
 
         Returns observations (N, *observation_shape).
         """
         self._send("reset", [int(own) for own in np.random.SeedSequence(seed).generate_state(self.num_envs)])
         self._receive()
-        return self._arrays[0].copy()
+        self.observations = self._arrays[0].copy()
+        return self.observations
 
     def get_states(self) -> list[dict[str, Any]]:
-        """The whole state of every copy, as plain data, between two steps."""
+        """The whole state of every environment, as plain data, between two steps."""
         self._send("get_states", [None] * self.num_envs)
         states = dict(sorted(self._receive(), key=lambda index_and_state: index_and_state[0]))
         observations = self._arrays[0].copy()
         return [{"env": states[index], "observation": observations[index]} for index in range(self.num_envs)]
 
     def set_states(self, states: list[dict[str, Any]]) -> np.ndarray:
-        """Brings every copy into a state that `get_states` gave.
+        """Brings every environment into a state that `get_states` gave.
 
         Returns the observations (N, *observation_shape) of that moment.
         """
         self._send("set_states", states)
         self._receive()
-        return self._arrays[0].copy()
+        self.observations = self._arrays[0].copy()
+        return self.observations
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Starts a step of every copy, without waiting. `actions` (N,): integers; IDLE leaves a copy be."""
+        """Starts a step of every environment, without waiting, with `actions`, integers (N,)."""
         self._send("step", [int(action) for action in actions])
 
     def step_wait(self) -> StepResult:
@@ -209,14 +215,16 @@ class ParallelEnvs:
             WorkerError: a worker died, hangs, or its environment raised an error.
         """
         finished_games = sorted(self._receive())
-        return StepResult(*(array.copy() for array in self._arrays), finished_games)
+        result = StepResult(*(array.copy() for array in self._arrays), finished_games)
+        self.observations = result.observations
+        return result
 
     def _send(self, command: str, arguments: list) -> None:
         for connection, process in zip(self._connections, self._processes, strict=True):
             try:
                 connection.send((command, arguments))
             except (BrokenPipeError, ConnectionResetError):
-                self._receive_from(connection, process)  # its last words, if it had any
+                self._receive_from(connection, process)  # its last message, if any
                 raise self._died(process) from None
 
     def _receive(self) -> list:

@@ -1,4 +1,4 @@
-"""Fetching one file from the Hugging Face Hub, with failures that end soon and say what to do."""
+"""Downloads one file from the Hugging Face Hub; failures come soon and say what to do."""
 
 import logging
 import threading
@@ -32,7 +32,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 @dataclass
 class Advice:
-    """What a failure tells the user to do: what names the repo and the file, and what can be done instead."""
+    """What an error advises: the options that name the repo and the file, and the alternative."""
 
     repo_option: str
     file_option: str
@@ -48,21 +48,27 @@ TEACHER = Advice(
 
 
 def teacher_filename(repo_id: str, exp_name: str) -> str:
-    """The name of the file with the teacher in a repo; Stable-Baselines3's zoo, sb3/…, names it otherwise."""
+    """The name of the teacher's file in a repo; Stable-Baselines3's zoo, sb3/…, has names of its own."""
     organization, _, name = repo_id.partition("/")
     return f"{name}.zip" if organization == "sb3" else f"{exp_name}.cleanrl_model"
 
 
 def download(repo_id: str, filename: str, revision: str | None = None, advice: Advice = TEACHER) -> Path:
-    """Returns the path, in the Hub's cache, of one file of a model repo; fetches it if it is not there.
+    """Returns the path in the Hub's cache of one file of a model repo, downloading it if needed.
 
-    `revision` is a branch, a tag or a commit; None is the main branch. The client's own settings hold
-    (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT). A Hub that
-    cannot be reached is no failure if the cache has the file.
+    The client's own settings apply (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT,
+    HF_HUB_DOWNLOAD_TIMEOUT). If the Hub cannot be reached, a cached file is used.
 
-    Raises SystemExit with one line that names the repo, the file, what went wrong and what to do: within
-    5 s plus three of the client's timeouts (10 s each by default) after the last byte that arrived, so that a
-    slow download goes on for as long as it makes progress.
+    Args:
+        repo_id: the model repo, user/name.
+        filename: the file's name in it.
+        revision: a branch, tag or commit; None: the main branch.
+        advice: what an error advises.
+
+    Raises:
+        SystemExit: with a one-line error that names the repo, the file, the fault and what to do, at most 5 s
+            plus three client timeouts (10 s each by default) after the last byte arrived. A slow download
+            may take as long as it makes progress.
     """
     cache = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     sizes: dict[Path, int] = {}
@@ -80,18 +86,18 @@ def download(repo_id: str, filename: str, revision: str | None = None, advice: A
 
 
 def silence_limit_s() -> float:
-    """How long the Hub may be silent: for two tries, and the 3 s that the client's telemetry may take."""
+    """How long the Hub may be silent: two tries, and up to 3 s for the client's telemetry."""
     return 5 + 3 * max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def ask_the_hub(
     work: Callable[[], Any], patience_s: float, has_progressed: Callable[[], bool] = lambda: False
 ) -> Any:
-    """What `work` returns or raises; TimeoutError once it has made no progress for `patience_s`.
+    """Returns or raises what `work` does; TimeoutError once it has made no progress for `patience_s`.
 
-    The client has no limit of its own that fits: it retries a silent server for 6.5 minutes, a stalled body
-    for ever if the server starts it anew each time, sleeps as long as Retry-After says, and nothing bounds a
-    name lookup or an upload. So it works in a thread that can be left behind.
+    The client's own limits are no help: it retries a silent server for 6.5 minutes, and forever a body that
+    stalls and is restarted each time; it sleeps as long as Retry-After says, and nothing bounds a name lookup
+    or an upload. So `work` runs in a thread that can be abandoned.
     """
     outcome: dict[str, Any] = {}
 
@@ -113,14 +119,14 @@ def ask_the_hub(
                 outcome["error"] = TimeoutError(f"nothing arrived for {patience_s} s")
                 break
     if thread.is_alive():
-        hub_logging.set_verbosity(logging.CRITICAL)  # it retries until the process ends, and must not say so
+        hub_logging.set_verbosity(logging.CRITICAL)  # it retries until the process ends, and must not log it
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
 
 
 def _fetch(repo_id: str, filename: str, revision: str | None) -> str:
-    """Asks for the metadata first: that fails with the exact reason and without the client's long retries."""
+    """Asks for the metadata first: this fails with the exact reason and without the client's long retries."""
     url = hf_hub_url(repo_id, filename, revision=revision)
     for is_last_try in (False, True):
         try:
@@ -145,12 +151,12 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _has_grown(cache: Path, sizes: dict[Path, int]) -> bool:
-    """Whether a partial file is larger than ever before; another process may be the one that downloads it."""
+    """Whether a partial file has grown; it may be another process that downloads it."""
     grown = False
     for path in cache.glob("*.incomplete"):
         try:
             size = path.stat().st_size
-        except FileNotFoundError:  # finished between the listing and here
+        except FileNotFoundError:  # finished since it was listed
             continue
         if size > sizes.get(path, 0):
             sizes[path] = size
@@ -160,9 +166,9 @@ def _has_grown(cache: Path, sizes: dict[Path, int]) -> bool:
 
 @contextmanager
 def _quiet_client():
-    """No warnings at each retry, and a partial file that grows as bytes arrive.
+    """No warning at each retry, and a partial file that grows as bytes arrive.
 
-    By default the client writes 10 MB at a time, more than a whole teacher, and Xet writes in its own order.
+    By default the client writes 10 MB at a time, more than a whole teacher, and Xet writes out of order.
     """
     saved = (hub_logging.get_verbosity(), constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET)
     hub_logging.set_verbosity(logging.CRITICAL)
@@ -175,14 +181,14 @@ def _quiet_client():
 
 
 def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
-    """What went wrong and what to do about it."""
+    """The fault and what to do about it."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the client's own words hide which of the many reasons it was
+        error = error.__cause__  # the client's own message hides the reason
     endpoint = constants.ENDPOINT
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     match error:
         case OfflineModeIsEnabled():
-            return "it is not in the cache and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE to download it"
+            return "it is not cached and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE to download it"
         case HFValidationError():
             return f"that is not a repo id like user/name; check {advice.repo_option}"
         case GatedRepoError():

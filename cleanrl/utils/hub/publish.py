@@ -1,30 +1,25 @@
-"""Publishes a finished run on the Hugging Face Hub: `--upload-model` of the training scripts.
+"""Publishes a finished run on the Hugging Face Hub, as --upload-model of the training scripts does.
 
-All that is published lies in the run's folder, so that a failed upload can be made up for:
+Everything that is published lies in the run's folder, so a failed upload can be repeated:
 
     python -m cleanrl.utils.hub.publish runs/PongNoFrameskip-v4__qdagger_dqn_atari_impalacnn__1__1700000000
 """
 
-import dataclasses
-import re
 import shlex
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
-import numpy as np
 import tyro
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token, whoami
+from huggingface_hub import HfApi, constants, get_token, whoami
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from cleanrl.utils.hub.card import read_card
 from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s
 from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
 
-ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = [
     "README.md",
     "*.cleanrl_model",
@@ -35,23 +30,18 @@ PUBLISHED = [
     "events.out.tfevents.*",
 ]
 NOT_PUBLISHED = ["*-offline.cleanrl_model", "checkpoints/*"]
-LEAST_BYTES_PER_S = 50_000  # of an upload that is not given up
-
-
-def repo_name(args: Any) -> str:
-    """As the published models are named; `args` are a script's."""
-    return f"{args.env_id}-{args.exp_name}-seed{args.seed}"
+LEAST_BYTES_PER_S = 50_000  # an upload slower than this is given up
 
 
 def check_upload(name: str, entity: str | None) -> str:
-    """The repo's id, `entity` (by default the token's user) and `name`, if the Hub will take it.
+    """The id of the repo `name` of `entity` (default: the token's user), once the Hub accepts it.
 
     Raises:
-        SystemExit: with one line, if there is no token, the Hub cannot be reached or refuses the token, or
-            the token cannot write to the entity's repos.
+        SystemExit: with a one-line error if there is no token, the Hub cannot be reached or refuses the
+            token, or the token cannot write to the entity's repos.
     """
     if get_token() is None and not constants.HF_HUB_OFFLINE:
-        refuse_upload("there is no token; run hf auth login, or set HF_TOKEN to a token that may write")
+        refuse_upload("there is no token; run hf auth login, or set HF_TOKEN to a token with write access")
     try:
         account = ask_the_hub(whoami, silence_limit_s())
     except Exception as error:
@@ -59,7 +49,7 @@ def check_upload(name: str, entity: str | None) -> str:
     user = account["name"]
     entity = entity or user
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        refuse_upload(f"the token of {user} may only read; set HF_TOKEN to one that may write")
+        refuse_upload(f"the token of {user} is read-only; set HF_TOKEN to one with write access")
     writable = [user, *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")]
     if entity not in writable:
         refuse_upload(f"{user} may not write to --hf-entity {entity}; use one of {', '.join(writable)}")
@@ -67,125 +57,34 @@ def check_upload(name: str, entity: str | None) -> str:
         validate_repo_id(f"{entity}/{name}")
     except HFValidationError:
         refuse_upload(
-            f"{name} is no name of a repo; use only letters, digits, - _ . in --exp-name, 96 in all"
+            f"{name} is not a valid repo name; use only letters, digits, - _ . in --exp-name, 96 in all"
         )
     return f"{entity}/{name}"
 
 
 def refuse_upload(fault: str) -> NoReturn:
-    raise SystemExit(f"error: no upload to the Hub: {fault}")
-
-
-def copy_sources(folder: Path, script: Path) -> None:
-    """Keeps in a run's folder what it was made with: the script as it runs, and the packages' versions."""
-    for path in (script, ROOT / "pyproject.toml", ROOT / "poetry.lock"):
-        if path.exists():
-            shutil.copy(path, folder)
-
-
-def command_line(args: Any, script: Path) -> str:
-    """The command that starts such a run: what differs from the defaults."""
-    words = ["python", f"cleanrl/{script.name}"]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if value == field.default or field.name in ("resume", "upload_model", "hf_entity"):
-            continue
-        option = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", str(value)]
-    return shlex.join(words)
-
-
-def write_card(folder: Path, repo_id: str, args: Any, script: Path, returns: Sequence[float]) -> None:
-    """Writes the model card, README.md, into a run's folder; `returns` are the final evaluation's."""
-    method = "QDagger" if script.stem.startswith("qdagger") else "DQN"
-    mean, std = np.mean(returns), np.std(returns)
-    data = ModelCardData(
-        model_name=repo_id.partition("/")[2],
-        tags=[args.env_id, "deep-reinforcement-learning", "reinforcement-learning", "atari", method.lower()],
-        pipeline_tag="reinforcement-learning",
-        eval_results=[
-            EvalResult(
-                task_type="reinforcement-learning",
-                task_name="reinforcement-learning",
-                dataset_type=args.env_id,
-                dataset_name=args.env_id,
-                metric_type="mean_reward",
-                metric_name="mean_reward",
-                metric_value=f"{mean:.2f} +/- {std:.2f}",
-                metric_args={"games": len(returns)},
-            )
-        ],
-    )
-    options = "\n".join(f"| `{name}` | {value} |" for name, value in vars(args).items())
-    text = f"""---
-{data.to_yaml()}
----
-
-# {method} on {args.env_id}
-
-Mean return **{mean:.2f} ± {std:.2f}** (standard deviation) over the {len(returns)} games of the final
-evaluation: whole games, rewards unclipped, ε = {args.end_e}.
-The returns: {", ".join(f"{value:.10g}" for value in returns)}.
-
-## Watch it play
-
-In a checkout of the code that `{script.name}` is from:
-
-```bash
-python -m cleanrl.enjoy --hf-repo {repo_id}
-```
-
-## Train it again
-
-```bash
-{command_line(args, script)}
-```
-
-| file | |
-|---|---|
-| `{args.exp_name}.cleanrl_model` | the weights |
-| `{script.name}` | the script as it ran |
-| `pyproject.toml`, `poetry.lock` | the packages it ran with |
-| `events.out.tfevents.*` | the curves, for TensorBoard |
-| `videos/` | the first game of each evaluation, if it was recorded |
-
-## Hyperparameters
-
-| option | value |
-|---|---|
-{options}
-"""
-    write_durably(folder / "README.md", text.encode())
+    raise SystemExit(f"error: cannot upload to the Hub: {fault}")
 
 
 def upload(folder: Path, entity: str | None = None) -> None:
-    """Publishes a run that `write_card` was called for, and replaces what its repo held of another run.
+    """Publishes a run whose model card is written; replaces event files and videos of an earlier run.
 
     Args:
         folder: the run's.
-        entity: the user or organization; by default the one that its card names.
+        entity: the user or organization (default: the one in the card).
 
     Raises:
-        SystemExit: with one line that says how to try again.
+        SystemExit: with a one-line error that says how to try again.
     """
     again = f"python -m cleanrl.utils.hub.publish {shlex.quote(str(folder))}"
+    card = read_card(folder)
+    carded_entity, _, name = card.repo_id.partition("/")
     try:
-        card = ModelCard.load(folder / "README.md")
-        name = card.data.model_name
-        (carded_id,) = set(re.findall(rf"--hf-repo (\S+/{re.escape(name)})$", card.content, re.MULTILINE))
-    except Exception:
-        raise SystemExit(
-            f"error: {folder} cannot be uploaded: it is no run that came to its end with --upload-model"
-        ) from None
-    try:
-        repo_id = check_upload(name, entity or carded_id.partition("/")[0])
+        repo_id = check_upload(name, entity or carded_entity)
     except SystemExit as fault:
         raise SystemExit(f"{fault}; nothing is lost, upload it later with {again}") from None
-    if repo_id != carded_id:
-        write_durably(folder / "README.md", card.content.replace(carded_id, repo_id).encode())
+    if repo_id != card.repo_id:
+        write_durably(folder / "README.md", card.text.replace(card.repo_id, repo_id).encode())
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     def publish() -> None:
@@ -200,27 +99,25 @@ def upload(folder: Path, entity: str | None = None) -> None:
             commit_message=f"Upload {folder.name}",
         )
 
-    print(f"uploading to {constants.ENDPOINT}/{repo_id} (to do it again: {again})")
+    print(f"uploading to {constants.ENDPOINT}/{repo_id} (to repeat: {again})")
     disable_progress_bars()
     try:
         ask_the_hub(publish, silence_limit_s() + num_bytes / LEAST_BYTES_PER_S)
     except Exception as error:
-        raise SystemExit(
-            f"error: no upload to the Hub: {_explain(error)}; nothing is lost, upload it later with {again}"
-        ) from None
+        refuse_upload(f"{_explain(error)}; nothing is lost, upload it later with {again}")
     print(f"uploaded: {constants.ENDPOINT}/{repo_id}")
 
 
 def _explain(error: Exception) -> str:
-    """What went wrong and what to do about it, in one line."""
+    """The fault and what to do about it, in one line."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of a large file: the client says only which
+        error = error.__cause__  # for a large file the client only says which one
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     match error:
         case OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set; unset it"
         case HfHubHTTPError() if status in (401, 403):
-            return f"the Hub refuses the token ({status}); set HF_TOKEN to one that may write there"
+            return f"the Hub refuses the token ({status}); set HF_TOKEN to one with write access there"
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered with error {status}; try again later"
         case TimeoutError():
@@ -233,9 +130,9 @@ def _explain(error: Exception) -> str:
 @dataclass
 class Args:
     run_folder: Annotated[Path, tyro.conf.Positional]
-    """the folder, runs/…, of a run that came to its end with --upload-model"""
+    """folder, runs/…, of a run that has finished with --upload-model"""
     hf_entity: str | None = None
-    """user or organization on the Hub (default: the one that it was trained for)"""
+    """user or organization on the Hub (default: the one the run was trained for)"""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""How much memory there is, and how to say it."""
+"""How much memory the replay buffers take, whether there is that much, and where they lie."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.replay.saved_replay import open_replay
 
 # What a run takes beside its replay buffer, measured and rounded up.
 PROCESS_BYTES, WORKER_BYTES, GPU_BYTES = 1_500_000_000, 150_000_000, 2_000_000_000
@@ -10,6 +16,62 @@ CGROUP_FILES = [  # (limit, usage) of a container or a batch job: version 2, ver
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 ]
+SLOTS_PER_STEP = 1.1  # the observation that ends an episode has a slot too
+
+
+def plan_replay(args: Any, frames_type: type, device: Any) -> ReplayBuffer:
+    """DQN's replay buffer, without memory yet, after stating how much it will take.
+
+    Args:
+        args: the script's.
+        frames_type: TorchFrames or JaxFrames.
+        device: where the networks are trained.
+
+    Raises:
+        SystemExit: with a one-line error, if it does not fit.
+    """
+    sizes = [(min(args.buffer_size, math.ceil(SLOTS_PER_STEP * args.total_timesteps)), args.num_envs)]
+    return _plan(args, sizes, frames_type, device, gamma=args.gamma)[0]
+
+
+def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) -> list[ReplayBuffer]:
+    """QDagger's two replay buffers, the teacher's and the student's: as `plan_replay`, for the larger one.
+
+    Only one of them may take memory at a time. The teacher's is as large as the saved replay, if any.
+
+    Raises:
+        SystemExit: with a one-line error, if it does not fit, or the saved replay cannot be used.
+    """
+    frames, num_envs = math.ceil(SLOTS_PER_STEP * args.teacher_steps), args.num_envs
+    if args.teacher_replay_path:
+        saved = open_replay(args, num_actions)
+        frames, num_envs = saved.capacity, saved.num_envs
+    sizes = [
+        (min(args.buffer_size, frames), num_envs),
+        (min(args.buffer_size, math.ceil(SLOTS_PER_STEP * args.total_timesteps)), args.num_envs),
+    ]
+    return _plan(
+        args, sizes, frames_type, device, num_q_values=num_actions, n_step=args.n_step, gamma=args.gamma
+    )
+
+
+def _plan(
+    args: Any, sizes: list[tuple[int, int]], frames_type: type, device: Any, **settings: Any
+) -> list[ReplayBuffer]:
+    buffers = [
+        ReplayBuffer(*size, lambda num_slots: frames_type(num_slots, frames_device), **settings)
+        for size in sizes
+    ]
+    largest = max(buffers, key=lambda buffer: buffer.num_bytes)
+    place = place_replay_buffer(
+        args.buffer_device,
+        largest.capacity,
+        largest.num_bytes,
+        num_workers=min(args.num_envs, available_cores()),
+        free_gpu=frames_type.free_memory(device),
+    )
+    frames_device = device if place == "cuda" else frames_type.host()
+    return buffers
 
 
 def available_host_memory() -> int:
@@ -32,7 +94,7 @@ def gigabytes(num_bytes: float) -> str:
 def place_replay_buffer(
     choice: str, capacity: int, num_bytes: int, num_workers: int, free_gpu: int | None
 ) -> str:
-    """Says what the run will need and decides where the replay buffer lies: "cpu" or "cuda".
+    """States what the run will need and decides where the replay buffer lies: "cpu" or "cuda".
 
     Args:
         choice: "auto" (on the training device if it fits, else in host memory), "cpu" or "cuda".
@@ -42,7 +104,7 @@ def place_replay_buffer(
         free_gpu: free bytes of the training device; None if that is the host.
 
     Raises:
-        SystemExit: with one line, if it does not fit.
+        SystemExit: with a one-line error, if it does not fit.
     """
     beside = {"cpu": PROCESS_BYTES + num_workers * WORKER_BYTES, "cuda": GPU_BYTES}
     free = {"cpu": available_host_memory() - beside["cpu"]}
@@ -52,11 +114,11 @@ def place_replay_buffer(
     if choice == "auto":
         place = "cuda" if free.get("cuda", 0) >= num_bytes else "cpu"
     if place not in free:
-        raise SystemExit("error: --buffer-device cuda needs a GPU that can be used; use --buffer-device cpu")
+        raise SystemExit("error: --buffer-device cuda needs a usable GPU; use --buffer-device cpu")
     memory = {"cpu": "host memory", "cuda": "GPU memory"}[place]
     print(
         f"memory: {gigabytes(num_bytes)} of {memory} for the replay buffer, about {gigabytes(beside[place])} "
-        f"for all else; {gigabytes(free[place] + beside[place])} are free"
+        f"for everything else; {gigabytes(free[place] + beside[place])} are free"
     )
     if num_bytes > free[place]:
         fitting = int(0.99 * capacity * max(free[place], 0) / num_bytes)
@@ -64,7 +126,7 @@ def place_replay_buffer(
         remedies += ["--buffer-device cpu"] if place == "cuda" and num_bytes <= free["cpu"] else []
         lacking = gigabytes(num_bytes - free[place])
         raise SystemExit(
-            f"error: a replay buffer of {capacity:,} frames needs {lacking} more {memory} than there is; "
+            f"error: a replay buffer of {capacity:,} frames needs {lacking} more {memory} than is free; "
             + (f"use {' or '.join(remedies)}" if remedies else "free some memory first")
         )
     return place

@@ -1,9 +1,9 @@
-"""Makes a report of finished runs: tables, learning curves, QDagger beside DQN, figures over all games.
+"""Writes a report of finished runs: tables, learning curves, QDagger beside DQN, figures over all games.
 
     python -m cleanrl.utils.report runs/ --output report
 
-It is a folder with PNG files, report.md, and report.html, a page that needs nothing beside it. docs/report.md
-says what each number is.
+The report is a folder with PNG files, report.md, and report.html, a self-contained page. docs/report.md
+defines every number.
 """
 
 import importlib.util
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import tyro
 
-from cleanrl.utils.command_line import refuse
+from cleanrl.utils.bounds import NonNegativeInt, PositiveInt
+from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.report.runs import find_runs
 from cleanrl.utils.signals import exit_on_ctrl_c
 
@@ -27,23 +28,23 @@ REQUIREMENTS = "requirements/requirements-report.txt"
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs, or folders above them"""
+
+    # report
     output: Path = Path("report")
     """folder for the report: a new one, or that of an older report, which is replaced"""
     include_unfinished: bool = False
-    """use runs that are not finished too"""
-    last_games: int = 10
-    """games at the end of a run whose mean return is its score, and whose mean the curves show"""
-    bootstrap_samples: int = 2000
+    """also use unfinished runs"""
+    last_games: PositiveInt = 10
+    """games at the end of a run whose mean return is its score; also the window of the curves' mean"""
+    bootstrap_samples: PositiveInt = 2000
     """resamples for each interval"""
-    bootstrap_seed: int = 1
+    bootstrap_seed: NonNegativeInt = 1
     """seed of the resampling"""
 
 
 def check_arguments(args: Args) -> None:
-    """Raises SystemExit with one line that says what to do."""
-    for name, least in (("last_games", 1), ("bootstrap_samples", 1), ("bootstrap_seed", 0)):
-        if getattr(args, name) < least:
-            refuse(name, getattr(args, name), f"must be at least {least}")
+    """Raises SystemExit with a one-line error that says what to do."""
+    check_bounds(args)
     if not args.runs:
         raise SystemExit(
             "error: name at least one folder of runs, as in: python -m cleanrl.utils.report runs/"
@@ -55,11 +56,11 @@ def check_arguments(args: Args) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raises SystemExit with one line if there is something there that is no report."""
+    """Raises SystemExit with a one-line error if the folder contains anything but a report."""
     if folder.is_dir():
         others = sorted(path.name for path in folder.iterdir() if not REPORT_FILES.fullmatch(path.name))
         if others:
-            refuse("output", folder, f"holds {others[0]}, which is no part of a report; name another folder")
+            refuse("output", folder, f"contains {others[0]}, not part of a report; name another folder")
     elif folder.exists():
         refuse("output", folder, "is a file; name a folder")
 
@@ -73,10 +74,10 @@ def main(args: Args) -> None:
         print(f"note: {note}", file=sys.stderr)
     if not found.runs:
         names = ", ".join(map(str, args.runs))
-        reason = f"{len(found.left_out)} left out" if found.left_out else "there is none"
-        raise SystemExit(f"error: no run in {names} can be used: {reason}")
+        reason = f"{len(found.left_out)} left out" if found.left_out else "there are none"
+        raise SystemExit(f"error: no usable runs in {names}: {reason}")
 
-    from cleanrl.utils.report.content import write_report  # which needs the packages that were looked for
+    from cleanrl.utils.report.content import write_report  # needs the packages checked above
 
     try:
         output = args.output.resolve()
@@ -99,4 +100,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     exit_on_ctrl_c()
-    main(tyro.cli(Args))
+    main(parse(Args))

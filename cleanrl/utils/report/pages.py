@@ -1,4 +1,4 @@
-"""A report's text and its two forms: Markdown beside the pictures, and one HTML page that holds them."""
+"""A report's text and its two forms: Markdown beside the plots, and one HTML page that contains them."""
 
 import base64
 import re
@@ -7,6 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 class Heading(NamedTuple):
@@ -31,6 +35,8 @@ class Picture(NamedTuple):
     file_name: str
     description: str
 
+
+NONE = "–"  # in a cell without a value
 
 Block = Heading | Paragraph | Bullets | Table | Picture
 
@@ -88,7 +94,7 @@ def escape_markdown(text: str) -> str:
 
 
 def to_html(blocks: Sequence[Block], folder: Path) -> str:
-    """One page that needs nothing beside it; the pictures are read from `folder`."""
+    """One self-contained page; the pictures are read from `folder`."""
     title = next(block.text for block in blocks if isinstance(block, Heading))
     body = "\n".join(block_to_html(block, folder) for block in blocks)
     return PAGE.format(title=escape(title), body=body)

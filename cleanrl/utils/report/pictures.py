@@ -1,4 +1,4 @@
-"""The pictures of a report. Matplotlib draws them; no screen is needed."""
+"""The plots of a report, drawn by Matplotlib without a display."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from matplotlib.ticker import EngFormatter
 
 from cleanrl.utils.report.statistics import CONFIDENCE, Estimate, MeanCurve, Spread, to_text
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "-.", ":")  # for more experiments than colours
+LINES = ("-", "-.", ":")  # when there are more experiments than colours
 GREY = "#555555"
 STYLE = {
     "font.size": 10,
@@ -30,23 +30,23 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "text.parse_math": False,  # a name may hold a $
+    "text.parse_math": False,  # a name may contain $
 }
 DPI = 120
 HALO = [withStroke(linewidth=3, foreground="white")]
-LINE_HEIGHT = 0.055  # of a label, as a share of the height of the axes
-FEW_POINTS = 30  # so few are drawn as dots too
+LINE_HEIGHT = 0.055  # of a label, as a fraction of the axes' height
+FEW_POINTS = 30  # up to so many are also drawn as dots
 
 
 class Series(NamedTuple):
-    """An experiment in a picture."""
+    """An experiment in a plot."""
 
     label: str
     look: int
-    """which colour and line"""
+    """index of its colour and line style"""
     online: MeanCurve | None
     offline: MeanCurve | None
-    """the evaluations of the offline phase"""
+    """evaluations in the offline phase"""
     final: tuple[int, Spread] | None
     """step and return of the final evaluation"""
 
@@ -57,7 +57,7 @@ class Level(NamedTuple):
     label: str
     value: float
     look: int | None
-    """that of the experiment whose teacher it is; None: the teacher of all"""
+    """that of the teacher's experiment; None: all experiments have this teacher"""
 
 
 class Shade(NamedTuple):
@@ -66,7 +66,7 @@ class Shade(NamedTuple):
 
 
 class End(NamedTuple):
-    """Of a curve, where its label stands."""
+    """Where the label of a curve belongs."""
 
     x: float
     y: float
@@ -96,8 +96,8 @@ def draw_curves(
     levels: Sequence[Level],
     shade: Shade | None,
 ) -> None:
-    """Returns over steps: of each experiment the mean curve with its band, evaluations as dots."""
-    with style.context(("default", STYLE)):  # whatever the user's matplotlibrc says
+    """Plots returns over steps: the mean curve of each experiment with its band, evaluations as dots."""
+    with style.context(("default", STYLE)):  # regardless of the user's matplotlibrc
         figure = Figure(figsize=(9.5, 5), layout="constrained")
         axes = figure.subplots()
         if shade:
@@ -120,7 +120,7 @@ def draw_curves(
 
 
 def draw_series(axes: Axes, one: Series) -> tuple[float, float] | None:
-    """Draws an experiment; returns where its last mark is."""
+    """Draws an experiment; returns the position of its last mark."""
     color, line = color_of(one.look), LINES[one.look // len(COLORS) % len(LINES)]
     end = None
     if one.offline:
@@ -151,7 +151,7 @@ def draw_series(axes: Axes, one: Series) -> tuple[float, float] | None:
 
 
 def label_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Names each curve where it ends, or at the right edge if that is near."""
+    """Labels each curve at its end, or at the right edge if it ends near that."""
     right = axes.get_xlim()[1]
     distance = LINE_HEIGHT * np.ptp(axes.get_ylim())
     inside, at_edge = (
@@ -175,7 +175,7 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
 
 
 def spread_out(heights: Sequence[float], distance: float) -> list[float]:
-    """Moves heights apart until they are `distance` from each other; they keep their order."""
+    """Moves heights apart until they are `distance` from each other, in the same order."""
     order = np.argsort(heights, kind="stable")
     moved = np.array(heights, np.float64)[order]
     for _ in range(100):
@@ -188,7 +188,7 @@ def spread_out(heights: Sequence[float], distance: float) -> list[float]:
 def draw_key(
     figure: Figure, last_games: int, series: Sequence[Series], levels: Sequence[Level], shade: Shade | None
 ) -> None:
-    """Says below the picture what its marks are."""
+    """Explains the marks below the plot."""
     curves = [curve for one in series for curve in (one.online, one.offline) if curve]
     spreads = [one.final[1].std for one in series if one.final]
     has_band = any(curve.stds is not None for curve in curves) or any(std is not None for std in spreads)
@@ -220,7 +220,7 @@ def draw_key(
 
 
 def draw_estimates(path: Path, panels: Sequence[Panel]) -> None:
-    """Estimates with their intervals, in panels one above the other."""
+    """Draws estimates with their intervals, one panel below the other."""
     with style.context(("default", STYLE)):
         num_lines = [sum(1 + label.count("\n") for label, _, _ in panel.rows) for panel in panels]
         figure = Figure(figsize=(9.5, 0.8 * len(panels) + 0.32 * sum(num_lines)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Finds runs, and reads from their event files what they came to, with TensorBoard's own record reader."""
+"""Finds runs and reads their results from the event files, with TensorBoard's own record reader."""
 
 import math
 import os
@@ -17,22 +17,26 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_
 from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
 
-from cleanrl.utils.run.checkpoint import MAY_CHANGE, event_files
+from cleanrl.utils.run.charts import (
+    EPISODIC_RETURN,
+    EPSILON,
+    EVALUATION_RETURN,
+    OFFLINE_RETURN,
+    TEACHER_RETURN,
+)
+from cleanrl.utils.run.folders import event_files
+from cleanrl.utils.run.options import MAY_CHANGE
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<start_time>\d+)")
-TEACHER = "charts/teacher/avg_episodic_return"
-OFFLINE = "charts/offline/avg_episodic_return"
-GAMES = "charts/episodic_return"
-EPSILON = "charts/epsilon"  # has a point at a run's last step
-EVALUATION = "eval/episodic_return"
-TAGS = (TEACHER, OFFLINE, GAMES, EPSILON, EVALUATION)
+TAGS = (TEACHER_RETURN, OFFLINE_RETURN, EPISODIC_RETURN, EPSILON, EVALUATION_RETURN)
+STEP_TAGS = (OFFLINE_RETURN, EPISODIC_RETURN, EPSILON)  # plotted over steps; ε up to a run's very last
 OPTIONS = "hyperparameters/text_summary"
 OPTION_ROW = re.compile(r"^\|(\w+)\|(.*)\|$", re.MULTILINE)
-HARMLESS = (MAY_CHANGE - {"total_timesteps"}) | {"seed"}  # may differ between the seeds of an experiment
+HARMLESS = (MAY_CHANGE - {"total_timesteps"}) | {"seed"}  # may differ between seeds of an experiment
 
 
 class UnusableError(Exception):
-    """A run cannot be used; the text says why."""
+    """A run cannot be used; the message says why."""
 
 
 class Curve(NamedTuple):
@@ -47,7 +51,7 @@ NO_POINTS = Curve(np.empty(0, np.int64), np.empty(0))
 
 @dataclass
 class RunResults:
-    """A run as its event files tell it."""
+    """A run as its event files describe it."""
 
     folder: Path
     env_id: str
@@ -59,13 +63,13 @@ class RunResults:
     offline_steps: int
     """gradient steps before the first online point of a curve"""
     teacher_steps: int
-    """environment steps that the teacher played in this run; none if it learned from a saved replay"""
+    """environment steps the teacher played in this run; 0 if it learned from a saved replay"""
     curves: dict[str, Curve]
-    """of each of TAGS, over the step as it is plotted"""
+    """by tag, all of TAGS, over the plotted step"""
     unfinished: str | None
-    """why it counts as unfinished, if it does"""
+    """why the run counts as unfinished, if it does"""
     faults: list[str]
-    """of its event files, if it can be used all the same"""
+    """of its event files, where it can still be used"""
 
     @property
     def game(self) -> str:
@@ -73,10 +77,9 @@ class RunResults:
 
     @property
     def last_step(self) -> int:
-        """The last step that the curves reach, as it is plotted."""
-        return max(
-            (int(self.curves[tag].steps[-1]) for tag in (OFFLINE, GAMES, EPSILON) if self.has(tag)), default=0
-        )
+        """The last plotted step of its curves."""
+        steps = [self.curves[tag].steps[-1] for tag in STEP_TAGS if self.has(tag)]
+        return int(max(steps, default=0))
 
     @property
     def online_steps(self) -> int:
@@ -89,24 +92,24 @@ class RunResults:
 
 @dataclass
 class Found:
-    """What lies under some folders."""
+    """The runs under some folders."""
 
     runs: list[RunResults] = field(default_factory=list)
-    """those to be used, by game, experiment and seed, each once"""
+    """those to use, one for each game, experiment and seed, in this order"""
     left_out: list[tuple[Path, str]] = field(default_factory=list)
-    """folders of the others, and why"""
+    """the other folders, and why"""
     notes: list[str] = field(default_factory=list)
-    """what a reader must know of those that are used"""
+    """what readers must know about the runs used"""
 
 
 def find_runs(paths: Iterable[Path], include_unfinished: bool) -> Found:
     """Reads all runs in and under some folders.
 
-    Of the runs of one game, experiment and seed the newest that is finished counts; with
-    `include_unfinished`, the newest if none is.
+    Of several runs of one game, experiment and seed, the newest finished one counts; if none is finished and
+    with `include_unfinished`, the newest.
 
     Raises:
-        SystemExit: with one line, if a path is not a folder.
+        SystemExit: with a one-line error if a path is not a folder.
     """
     found, readable = Found(), defaultdict(list)
     for folder in tqdm(find_run_folders(paths), desc="reading", unit=" runs", leave=False, disable=None):
@@ -120,7 +123,7 @@ def find_runs(paths: Iterable[Path], include_unfinished: bool) -> Found:
         runs.sort(key=lambda run: (run.unfinished is None, run.start_time), reverse=True)
         found.runs.append(runs[0])
         found.left_out += [
-            (run.folder, f"the same game, experiment and seed as {runs[0].folder}, which counts")
+            (run.folder, f"same game, experiment and seed as {runs[0].folder}, which is used")
             for run in runs[1:]
         ]
     found.left_out.sort()
@@ -131,12 +134,12 @@ def find_runs(paths: Iterable[Path], include_unfinished: bool) -> Found:
 
 
 def find_run_folders(paths: Iterable[Path]) -> list[Path]:
-    """The folders in and under `paths` that have a run's name or hold event files.
+    """The folders in and under `paths` that are named like a run or contain event files.
 
     Raises:
-        SystemExit: with one line, if a path is not a folder.
+        SystemExit: with a one-line error if a path is not a folder.
     """
-    folders: dict[Path, Path] = {}  # by their real paths, as one may be reached in two ways
+    folders: dict[Path, Path] = {}  # by real path, as there may be two ways to one folder
     for path in paths:
         if not path.is_dir():
             raise SystemExit(f"error: {path} is not a folder; name a run's, or one above it")
@@ -146,7 +149,7 @@ def find_run_folders(paths: Iterable[Path]) -> list[Path]:
             is_run = RUN_NAME.fullmatch(real_path.name) is not None
             if is_run or event_files(folder):
                 folders.setdefault(real_path, folder)
-            if is_run or real_path in seen:  # links can lead around in a circle
+            if is_run or real_path in seen:  # links may form a circle
                 subfolders.clear()
             seen.add(real_path)
     return sorted(folders.values())
@@ -156,11 +159,11 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
     """Reads a run's event files.
 
     Raises:
-        UnusableError: they are missing, empty or damaged; or the run is not finished, and has to be.
+        UnusableError: they are missing, empty or damaged; or the run is unfinished and must be finished.
     """
     name = RUN_NAME.fullmatch(folder.resolve().name)
     if not name:
-        raise UnusableError("its name is not a run's, {env_id}__{exp_name}__{seed}__{unix time}")
+        raise UnusableError("not named like a run, {env_id}__{exp_name}__{seed}__{unix time}")
     unfinished = None
     if (folder / "checkpoints").exists():
         unfinished = "unfinished: it still has checkpoints"
@@ -178,8 +181,8 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
         teacher_steps = teacher_steps_played(options) if is_qdagger else 0
         games_to_play = int(options.get("eval_episodes", 1))
     except (KeyError, ValueError) as fault:
-        raise UnusableError(f"damaged: its options make no sense ({fault})") from None
-    games_played = len(curves[EVALUATION].steps)
+        raise UnusableError(f"damaged: its options are invalid ({fault})") from None
+    games_played = len(curves[EVALUATION_RETURN].steps)
     if games_played < games_to_play and not unfinished:
         unfinished = f"unfinished: it has {games_played} of the {games_to_play} games of its final evaluation"
         if not include_unfinished:
@@ -212,7 +215,7 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
 
     Args:
         paths: the files.
-        faults: takes a line for each file that is cut short.
+        faults: gets a line for each truncated file.
 
     Raises:
         UnusableError: a file cannot be read or is damaged.
@@ -223,7 +226,7 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
         for event in read_events(path, faults):
             for value in event.summary.value:
                 if value.tag in points:
-                    is_simple = value.HasField("simple_value")  # else of TensorFlow's newer writers
+                    is_simple = value.HasField("simple_value")  # unlike those of TensorFlow's newer writers
                     number = value.simple_value if is_simple else make_ndarray(value.tensor).item()
                     if not math.isfinite(number):
                         raise UnusableError(f"damaged: {value.tag} is {number} at step {event.step}")
@@ -231,7 +234,7 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
                 elif value.tag == OPTIONS:
                     for text in value.tensor.string_val:
                         rows = OPTION_ROW.findall(text.decode(errors="replace"))
-                        options |= dict(rows[1:])  # after the head of the table
+                        options |= dict(rows[1:])  # below the table's header
     curves = {}
     for tag, of_tag in points.items():
         of_tag.sort(key=lambda point: point[0])
@@ -243,7 +246,7 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
 def read_events(path: Path, faults: list[str]) -> Iterator[Event]:
     """The events of a file. One that ends within a record, as after a power failure, is read up to there.
 
-    TensorBoard itself stops without a word at a record that is damaged, and so hides all that follows.
+    TensorBoard itself silently stops at a damaged record and so hides everything after it.
     """
     try:
         reader = PyRecordReader_New(str(path))
@@ -255,15 +258,15 @@ def read_events(path: Path, faults: list[str]) -> Iterator[Event]:
     except DataLossError as error:
         if "truncated" not in error.message:
             raise UnusableError(f"damaged: a checksum in {path.name} is wrong") from None
-        faults.append(f"{path.name} is cut short; its last record is lost")
+        faults.append(f"{path.name} is truncated; its last record is lost")
     except DecodeError:
-        raise UnusableError(f"damaged: a record in {path.name} is no event") from None
+        raise UnusableError(f"damaged: a record in {path.name} is not an event") from None
     except OSError as error:
         raise UnusableError(f"{path.name} cannot be read ({error.strerror})") from None
 
 
 def differing_options(runs: Iterable[RunResults]) -> list[str]:
-    """A line for each experiment and game whose runs were not all started with the same options."""
+    """A line for each experiment and game whose runs were started with different options."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.exp_name, run.game].append(run.options)

@@ -1,4 +1,4 @@
-"""What runs come to together: scores, mean curves, interquartile means, probabilities of improvement."""
+"""Summaries of runs: scores, mean curves, interquartile means, probabilities of improvement."""
 
 import statistics
 from collections import defaultdict
@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cleanrl.utils.report.runs import GAMES, Curve, RunResults
+from cleanrl.utils.report.runs import Curve, RunResults
+from cleanrl.utils.run.charts import EPISODIC_RETURN, TEACHER_RETURN
 
 CONFIDENCE = 0.95
 CURVE_POINTS = 500
@@ -25,7 +26,7 @@ class Spread(NamedTuple):
     mean: float
     """over runs"""
     std: float | None
-    """their sample standard deviation (n − 1), which one run does not have"""
+    """their sample standard deviation (n − 1); None for one run"""
 
     def __str__(self) -> str:
         return to_text(self.mean) + (f" ± {to_text(self.std)}" if self.std is not None else "")
@@ -34,7 +35,7 @@ class Spread(NamedTuple):
 class Estimate(NamedTuple):
     value: float
     interval: tuple[float, float] | None
-    """bounds of its bootstrap interval, if there are enough runs for one"""
+    """bounds of its bootstrap interval; None with too few runs"""
 
     def __str__(self) -> str:
         bounds = f" [{to_text(self.interval[0])}, {to_text(self.interval[1])}]" if self.interval else ""
@@ -62,6 +63,17 @@ def group_runs(runs: Iterable[RunResults]) -> list[Group]:
     return [Group(*key, of_group) for key, of_group in sorted(groups.items())]
 
 
+def looks_of(groups: Iterable[Group]) -> dict[str, int]:
+    """A number for each experiment, so that it looks the same in every plot."""
+    return {name: look for look, name in enumerate(sorted({group.experiment for group in groups}))}
+
+
+def unfinished_of(runs: Iterable[RunResults]) -> str:
+    """The remark beside a number of runs, if some are unfinished."""
+    number = sum(run.unfinished is not None for run in runs)
+    return f" ({number} unfinished)" if number else ""
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """None for no values."""
     if not values:
@@ -70,13 +82,13 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def over_runs(runs: Iterable[RunResults], number: Callable[[RunResults], float | None]) -> list[float]:
-    """A number of each run that has it."""
+    """`number` of each run that has one."""
     return [value for value in map(number, runs) if value is not None]
 
 
 def score(run: RunResults, last_games: int) -> float | None:
-    """The mean return of the last games that a run finished online, or of all if they are fewer."""
-    returns = run.curves[GAMES].values[-last_games:]
+    """The mean return of the last games a run finished online, or of all if there are fewer."""
+    returns = run.curves[EPISODIC_RETURN].values[-last_games:]
     return float(returns.mean()) if len(returns) else None
 
 
@@ -85,8 +97,14 @@ def mean_value(run: RunResults, tag: str) -> float | None:
     return float(run.curves[tag].values.mean()) if run.has(tag) else None
 
 
+def teacher_return(runs: Iterable[RunResults]) -> float | None:
+    """The mean over runs; None if none of them has a teacher."""
+    returns = over_runs(runs, lambda run: mean_value(run, TEACHER_RETURN))
+    return statistics.fmean(returns) if returns else None
+
+
 def trailing_means(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and the `window` − 1 before it, or of as many as there are."""
+    """The mean of each value and the `window` − 1 before it, or as many as exist."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
@@ -94,11 +112,11 @@ def trailing_means(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def mean_curve(curves: Sequence[Curve], last_steps: Sequence[int]) -> MeanCurve | None:
-    """The mean over runs, where each has a value: from its first point on; a point holds until the next.
+    """The mean over runs at the steps where every run has a value; a point holds until the next one.
 
     Args:
-        curves: one of each run, not empty.
-        last_steps: where each run's last value ceases to hold.
+        curves: one per run, not empty.
+        last_steps: the step up to which each run's last value holds.
 
     Returns:
         At most CURVE_POINTS points; None if there is no such step, or no curve.
@@ -119,19 +137,19 @@ def mean_curve(curves: Sequence[Curve], last_steps: Sequence[int]) -> MeanCurve 
 def online_curve(
     runs: Sequence[RunResults], last_games: int, shift: Callable[[RunResults], int]
 ) -> MeanCurve | None:
-    """The mean over runs of the mean return of the last games; `shift` moves each run's steps."""
-    runs = [run for run in runs if run.has(GAMES)]
-    curves = [
-        Curve(run.curves[GAMES].steps + shift(run), trailing_means(run.curves[GAMES].values, last_games))
-        for run in runs
-    ]
+    """The mean over runs of the mean return of the last games; `shift` is added to each run's steps."""
+    runs = [run for run in runs if run.has(EPISODIC_RETURN)]
+    curves = []
+    for run in runs:
+        steps, returns = run.curves[EPISODIC_RETURN]
+        curves.append(Curve(steps + shift(run), trailing_means(returns, last_games)))
     return mean_curve(curves, [run.last_step + shift(run) for run in runs])
 
 
 def normalise(
     scores: dict[str, np.ndarray], zeros: dict[str, float], ones: dict[str, float]
 ) -> dict[str, np.ndarray]:
-    """Scores by game, so that `zeros` become 0 and `ones` 1; only of the games that both know."""
+    """Scores by game, scaled so that `zeros` become 0 and `ones` 1; games that either lacks are left out."""
     return {
         game: (of_game - zeros[game]) / (ones[game] - zeros[game])
         for game, of_game in scores.items()
@@ -140,10 +158,10 @@ def normalise(
 
 
 def interquartile_mean(*samples: np.ndarray) -> float:
-    """The mean of all runs of all games without a quarter of them at either end.
+    """The mean over all runs of all games, without the lowest and the highest quarter.
 
     Args:
-        samples: of each game, the scores of its runs (runs,).
+        samples: for each game, the scores of its runs (runs,).
     """
     from rliable import metrics
 
@@ -151,10 +169,10 @@ def interquartile_mean(*samples: np.ndarray) -> float:
 
 
 def improvement_probability(*samples: np.ndarray) -> float:
-    """The probability that a run of X scores higher than one of Y, a tie being a half; the mean over games.
+    """The probability that a run of X scores higher than one of Y, a tie counting half; the mean over games.
 
     Args:
-        samples: the scores of X's runs of a game (runs,), those of Y's, those of X's of the next game, …
+        samples: for each game, the scores of X's runs (runs,), then those of Y's.
     """
     from rliable import metrics
 
@@ -167,16 +185,16 @@ def improvement_probability(*samples: np.ndarray) -> float:
 def estimate(
     statistic: Callable[..., float], samples: Sequence[np.ndarray], num_resamples: int, seed: int
 ) -> Estimate:
-    """A statistic with the percentiles of what it is when the runs of each sample are drawn anew from it.
+    """A statistic with its stratified bootstrap interval: the runs of each sample are resampled.
 
-    That is rliable's stratified bootstrap. SciPy's is used, as rliable draws from NumPy's global generator
-    whatever seed it is given, and as arch 7.2, which its bootstrap needs, fails to import beside pandas 3.
+    SciPy's bootstrap replaces rliable's, which ignores its seed and draws from NumPy's global generator, and
+    which needs arch: version 7.2 fails to import beside pandas 3.
 
     Args:
         statistic: takes the samples.
-        samples: scores of runs (runs,). One that is a single run leaves nothing to draw: no interval then.
-        num_resamples: how often they are drawn.
-        seed: of the draws.
+        samples: scores of runs (runs,). If one is a single run, there is no interval.
+        num_resamples: number of resamples.
+        seed: of the resampling.
     """
     from scipy import stats
 

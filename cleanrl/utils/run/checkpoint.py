@@ -1,27 +1,25 @@
-"""A run's checkpoints, in the folder `checkpoints` of the run's: all of its state, twice, at the least cost.
+"""A run's checkpoints, in its folder's `checkpoints`: the last two, each with all of the run's state.
 
 A checkpoint is a manifest, `checkpoint-N.json`, and the files that it names with their checksums: one with
-the state (`state-N.zst`), and those with the replay buffer's rows (`rows-M.zst`). Files are never rewritten;
-a checkpoint adds the rows that are new, and what neither of the last two needs is removed. The manifest comes
-last, so that a checkpoint is there as a whole or not at all.
+the state (`state-N.zst`), and those with the replay buffers' rows (`rows-M.zst`). Files are never rewritten;
+a checkpoint adds the rows that are new, and files that neither of the last two needs are removed. The
+manifest is written last, so that a checkpoint exists as a whole or not at all.
 """
 
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
-from cleanrl.utils.games.parallel_envs import WorkerError
-from cleanrl.utils.replay.rows import Replay, fitting_rows, held_positions, rows_between
-from cleanrl.utils.signals import Stopped, StopSignals
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
+from cleanrl.utils.run.folders import event_files, manifests
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
@@ -32,23 +30,12 @@ from cleanrl.utils.storage import (
     write_tree,
 )
 
-VERSION = 1
+VERSION = 2
 NUM_KEPT = 2
-MAY_CHANGE = {  # from a run to its continuation, without making it another one
-    "resume",
-    "checkpoint_interval",
-    "total_timesteps",
-    "save_model",
-    "upload_model",
-    "hf_entity",
-    "save_replay",
-    "capture_video",
-    "track",
-    "wandb_project_name",
-    "wandb_entity",
-    "cuda",
-    "buffer_device",
-}
+
+
+class OtherVersionError(DamagedError):
+    """A checkpoint that another version of this code wrote."""
 
 
 @dataclass
@@ -61,38 +48,43 @@ class RowsFile:
 
 
 @dataclass
-class SavedBuffer:
-    """The replay buffer of a checkpoint: of every ring the positions `oldest` to `heads`."""
+class SavedRows:
+    """A replay buffer in a checkpoint: of every ring the positions `oldest` to `heads`."""
 
-    name: str
     oldest: list[int]
     heads: list[int]
     files: list[RowsFile]
 
 
 class Checkpoint:
-    """One that is whole: every file of it is there as it was written."""
+    """One that is complete: every file of it exists as it was written.
+
+    script: the script's name
+    options: the run's
+    event_files: its event files' names and their sizes
+    replays: its replay buffers, by the names of the state's fields
+    """
 
     def __init__(self, manifest_path: Path):
-        """Raises DamagedError if it is not whole."""
+        """Raises DamagedError if it is not complete, OtherVersionError if another version wrote it."""
         self.folder, self.name = manifest_path.parent, manifest_path.name
         content = read_manifest(manifest_path)
         if content.get("version") != VERSION:
-            raise DamagedError(f"{manifest_path.name} has version {content.get('version')}, not {VERSION}")
+            raise OtherVersionError(f"{self.name} has version {content.get('version')}, not {VERSION}")
         try:
             self.script: str = content["script"]
             self.options: dict[str, Any] = content["options"]
             self.event_files: dict[str, int] = content["event_files"]
             self.state = FileEntry(*content["state"])
-            self.buffer: SavedBuffer | None = None
-            if content["buffer"]:
-                files = [RowsFile(**file) for file in content["buffer"].pop("files")]
-                self.buffer = SavedBuffer(**content["buffer"], files=files)
-        except (KeyError, TypeError):
-            raise DamagedError(f"{manifest_path.name} is not that of a checkpoint") from None
+            self.replays = {
+                name: SavedRows(**saved | {"files": [RowsFile(**file) for file in saved["files"]]})
+                for name, saved in content["replays"].items()
+            }
+        except (KeyError, TypeError, AttributeError):
+            raise DamagedError(f"{self.name} is not a checkpoint's") from None
 
     def files(self) -> list[FileEntry]:
-        rows = self.buffer.files if self.buffer else []
+        rows = [file for saved in self.replays.values() for file in saved.files]
         return [self.state, *(FileEntry(file.name, file.sha256) for file in rows)]
 
     def check(self) -> None:
@@ -103,37 +95,44 @@ class Checkpoint:
     def read_state(self) -> Any:
         return read_tree(self.folder, self.state)
 
-    def rows(self, num_slots: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The replay buffer's rows with their slots in a buffer of `num_slots` per ring, oldest first."""
-        parts = (read_tree(self.folder, FileEntry(file.name, file.sha256)) for file in self.buffer.files)
-        return fitting_rows(parts, np.array(self.buffer.oldest), np.array(self.buffer.heads), num_slots)
+    def rows(self, name: str, num_slots: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """A replay buffer's rows with their slots in one of `num_slots` per ring, oldest first."""
+        saved = self.replays[name]
+        parts = (read_tree(self.folder, FileEntry(file.name, file.sha256)) for file in saved.files)
+        return fitting_rows(parts, np.array(saved.oldest), np.array(saved.heads), num_slots)
 
-
-def manifests(run_folder: Path) -> list[Path]:
-    """Those of a run's checkpoints, the newest first."""
-    return sorted((run_folder / "checkpoints").glob("checkpoint-*.json"), reverse=True)
+    def restore_replay(self, name: str, replay: ReplayBuffer) -> None:
+        replay.allocate()
+        for slots, rows in self.rows(name, replay.num_slots):
+            replay.write(slots, rows)
+        replay.heads = np.array(self.replays[name].heads)
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint:
-    """The newest checkpoint that is whole; says so if it is not the newest of all.
+    """The newest complete checkpoint; warns of newer ones that are damaged.
 
     Raises:
-        SystemExit: with one line, if there is none.
+        SystemExit: with a one-line error, if there is none.
     """
     if not run_folder.is_dir():
         raise SystemExit(f"error: --resume {run_folder} is not a folder; name a run's, runs/…")
     candidates = manifests(run_folder)
     if not candidates:
-        raise SystemExit(f"error: --resume {run_folder} has no checkpoint: it is finished, or had not begun")
+        raise SystemExit(f"error: --resume {run_folder} has no checkpoint: it has finished, or never started")
     for path in candidates:
         try:
             checkpoint = Checkpoint(path)
             checkpoint.check()
             return checkpoint
+        except OtherVersionError as fault:
+            raise SystemExit(
+                f"error: --resume {run_folder}: {fault}; finish the run with the version that started it, or"
+                " start again without --resume"
+            ) from None
         except DamagedError as fault:
             print(f"warning: {path.stem} of {run_folder} cannot be used: {fault}", file=sys.stderr)
     raise SystemExit(
-        f"error: no checkpoint of {run_folder} is whole; restore its files, or start again without --resume"
+        f"error: no checkpoint of {run_folder} is complete; restore its files, or start without --resume"
     )
 
 
@@ -141,7 +140,7 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
     """The options that a run was started with.
 
     Raises:
-        SystemExit: with one line, if it has no checkpoint that is whole.
+        SystemExit: with a one-line error, if it has no complete checkpoint.
     """
     for path in manifests(run_folder):
         with suppress(DamagedError):
@@ -149,179 +148,84 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
     return newest_checkpoint(run_folder).options
 
 
-def newest_unfinished_run(env_id: str, exp_name: str, seed: int) -> Path | None:
-    """The run of that experiment and seed, started last, that has checkpoints."""
-    runs = [path.parent for path in Path("runs").glob(f"{env_id}__{exp_name}__{seed}__*/checkpoints")]
-    return max(
-        (run for run in runs if manifests(run)), key=lambda run: run.name.rpartition("__")[2], default=None
-    )
-
-
-def new_folder(args: Any) -> Path:
-    """runs/{env_id}__{exp_name}__{seed}__{unix time}, of a second in which no other run of it was started."""
-    start_time = int(time.time())
-    while (path := Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{start_time}").exists():
-        start_time += 1
-    return path
-
-
-def options_of(args: Any) -> dict[str, Any]:
-    """A command line as JSON can hold it."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-class Run:
-    """A run's folder, new or gone on with, held against other processes, and its checkpoints.
-
-    As a context it notes SIGINT and SIGTERM for `raise_if_stopped`, and ends a run that is stopped, whose
-    environments fail, or whose disk is full, with one line and an exit status.
+class CheckpointWriter:
+    """Writes the checkpoints of the run in a folder, which nobody else may do meanwhile.
 
     Args:
-        args: the script's; `resume` names the folder of the run to go on with, if any.
-        script: the script's name.
-
-    Raises:
-        SystemExit: with one line, if the run cannot be gone on with as these arguments want it, or its folder
-            cannot be written to.
+        run_folder: the run's.
+        resumed: the checkpoint from which it was resumed, if it was.
     """
 
-    def __init__(self, args: Any, script: str):
-        self.script, self.options = script, options_of(args)
-        self.interval_s = args.checkpoint_interval
-        self.folder = Path(args.resume) if args.resume else new_folder(args)
-        self.resumed: Checkpoint | None = None
-        self.next_time = 0.0  # the first checkpoint is due at once
-        self._stop: int | None = None  # the signal that ends the run
-        self.number = self.rows_number = 0
-        self.buffer: SavedBuffer | None = None
-        if args.resume and not manifests(self.folder):
-            newest_checkpoint(self.folder)  # says why there is none
-        self._lock = self._hold()
-        if args.resume:
-            self.resumed = newest_checkpoint(self.folder)
-            self._check_resumed()
-            self.buffer = self.resumed.buffer
-            for path in manifests(self.folder):
-                if path.name > self.resumed.name:  # cannot be used
+    def __init__(self, run_folder: Path, resumed: Checkpoint | None):
+        self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
+        self._replays = resumed.replays if resumed else {}  # of the last checkpoint
+        self._number = self._rows_number = 0
+        if resumed:
+            for path in manifests(run_folder):
+                if path.name > resumed.name:  # damaged
                     path.unlink()
-            names = [path.name.partition(".")[0] for path in self._checkpoints.glob("*-*.*")]
-            self.number = self.rows_number = max(int(name.rpartition("-")[2]) for name in names) + 1
-            cut_events(self.folder, self.resumed)
+            names = [path.name.partition(".")[0] for path in self.folder.glob("*-*.*")]
+            self._number = self._rows_number = max(int(name.rpartition("-")[2]) for name in names) + 1
 
-    def __enter__(self) -> "Run":
-        self._signals = StopSignals().__enter__()
-        return self
-
-    def __exit__(self, kind: type | None, exception: BaseException | None, traceback: Any) -> None:
-        self._signals.__exit__()
-        self._lock.release()
-        go_on = f"go on with --resume {self.folder}" if manifests(self.folder) else "there is no checkpoint"
-        if isinstance(exception, Stopped):
-            print(f"{exception}; {go_on}", file=sys.stderr)
-            raise SystemExit(exception.status) from None
-        if isinstance(exception, WorkerError | OSError):
-            raise SystemExit(f"error: {exception}; {go_on}") from None
-
-    def raise_if_stopped(self) -> None:
-        """Raises Stopped if a signal had come, when `is_due` was last called, that asks the run to end."""
-        if self._stop is not None:
-            raise Stopped(self._stop)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def _hold(self) -> filelock.FileLock:
-        try:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._checkpoints / "lock")
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise SystemExit(
-                f"error: another process is at work on {self.folder}; wait for its end"
-            ) from None
-        except OSError as error:
-            raise SystemExit(
-                f"error: {self.folder} cannot be written to ({error.strerror}); start in another folder"
-            ) from None
-        return lock
-
-    def _check_resumed(self) -> None:
-        if self.resumed.script != self.script:
-            raise SystemExit(
-                f"error: --resume {self.folder} is a run of {self.resumed.script}.py, not of {self.script}.py"
-            )
-        for name, value in self.options.items():
-            before = self.resumed.options.get(name)
-            if name not in MAY_CHANGE and value != before:
-                raise SystemExit(
-                    f"error: --{name.replace('_', '-')} is {value}, but {self.folder} began with {before};"
-                    " leave the option out, or start again without --resume"
-                )
-
-    def is_due(self) -> bool:
-        """Whether it is time for a checkpoint: the interval is over, or the run is asked to end."""
-        self._stop = self._signals.received
-        is_time = self.interval_s > 0 and time.monotonic() >= self.next_time
-        return is_time or self._stop is not None
-
-    def save(self, state: Any, buffer_name: str, replay: Replay | None) -> None:
+    def save(
+        self, script: str, options: dict[str, Any], state: Any, replays: dict[str, ReplayBuffer]
+    ) -> None:
         """Writes a checkpoint; if it cannot be written, says so, and the ones before it stay.
 
         Args:
+            script: the script's name.
+            options: the run's.
             state: what `storage.pack` takes.
-            buffer_name: of the replay buffer; under another name all of it is new.
-            replay: the replay buffer, if there is one.
+            replays: the replay buffers that take memory, by the names of their fields.
         """
-        self.number += 1
+        self._number += 1
         try:
-            buffer = self._save_rows(buffer_name, replay) if replay is not None else None
+            saved_replays = {name: self._save_rows(name, replay) for name, replay in replays.items()}
             content = {
                 "version": VERSION,
-                "script": self.script,
-                "options": self.options,
-                "event_files": {path.name: path.stat().st_size for path in event_files(self.folder)},
-                "state": write_tree(self._checkpoints / f"state-{self.number:06d}.zst", state),
-                "buffer": buffer and asdict(buffer),
+                "script": script,
+                "options": options,
+                "event_files": {path.name: path.stat().st_size for path in event_files(self.run_folder)},
+                "state": write_tree(self.folder / f"state-{self._number:06d}.zst", state),
+                "replays": {name: asdict(saved) for name, saved in saved_replays.items()},
             }
-            write_manifest(self._checkpoints / f"checkpoint-{self.number:06d}.json", content)
-            self.buffer = buffer
+            write_manifest(self.folder / f"checkpoint-{self._number:06d}.json", content)
+            self._replays = saved_replays
         except OSError as error:
             print(
-                f"\nwarning: no checkpoint could be written ({error.strerror}); the run goes on, and the"
-                " checkpoint before stays",
+                f"\nwarning: no checkpoint could be written ({error.strerror}); the run continues, and the"
+                " previous checkpoint stays",
                 file=sys.stderr,
             )
         with suppress(OSError):
             self._remove_what_is_not_needed()
-        self.next_time = time.monotonic() + self.interval_s
 
-    def finish(self) -> None:
-        """Removes the checkpoints of a run that has come to its end."""
-        finished = self.folder / "finished"  # moved at once: what is half removed is no checkpoint
-        self._checkpoints.rename(finished)
+    def remove_all(self) -> None:
+        """Removes the checkpoints of a run that has finished."""
+        finished = self.run_folder / "finished"  # moved at once: a half-removed folder has no checkpoints
+        self.folder.rename(finished)
         shutil.rmtree(finished)
 
-    def _save_rows(self, name: str, replay: Replay) -> SavedBuffer:
+    def _save_rows(self, name: str, replay: ReplayBuffer) -> SavedRows:
         oldest, heads = held_positions(replay)
         first, files = oldest, []
-        if self.buffer and self.buffer.name == name:
-            # What follows an observation is known only when it is not the newest any more: that row again.
-            first = np.maximum(oldest, self.buffer.heads)
-            files = [file for file in self.buffer.files if (np.array(file.last) >= oldest).any()]
-            if (heads == self.buffer.heads).all():
-                return SavedBuffer(name, oldest.tolist(), heads.tolist(), files)
+        if before := self._replays.get(name):
+            # What follows an observation is known only once it is not the newest any more: that row again.
+            first = np.maximum(oldest, before.heads)
+            files = [file for file in before.files if (np.array(file.last) >= oldest).any()]
+            if (heads == before.heads).all():
+                return SavedRows(oldest.tolist(), heads.tolist(), files)
         for rows in rows_between(replay, first, heads):
             last = np.full(len(heads), -1)
             np.maximum.at(last, rows["envs"], rows["positions"])
-            entry = write_tree(self._checkpoints / f"rows-{self.rows_number:06d}.zst", rows)
-            self.rows_number += 1
+            entry = write_tree(self.folder / f"rows-{self._rows_number:06d}.zst", rows)
+            self._rows_number += 1
             files.append(RowsFile(*entry, last.tolist()))
-        return SavedBuffer(name, oldest.tolist(), heads.tolist(), files)
+        return SavedRows(oldest.tolist(), heads.tolist(), files)
 
     def _remove_what_is_not_needed(self) -> None:
         needed, kept = {"lock"}, 0
-        for path in manifests(self.folder):
+        for path in manifests(self.run_folder):
             try:
                 checkpoint = Checkpoint(path)
             except DamagedError:
@@ -330,17 +234,13 @@ class Run:
                 break
             needed |= {path.name, *(entry.name for entry in checkpoint.files())}
             kept += 1
-        for path in self._checkpoints.iterdir():
+        for path in self.folder.iterdir():
             if path.name not in needed:
                 path.unlink()
 
 
-def event_files(run_folder: Path) -> list[Path]:
-    return sorted(run_folder.glob("events.out.tfevents.*"))
-
-
 def cut_events(run_folder: Path, checkpoint: Checkpoint) -> None:
-    """Takes what came after the checkpoint out of the event files: the run will write it again."""
+    """Removes from the event files what was written after the checkpoint: the run will write it again."""
     for path in event_files(run_folder):
         if path.name not in checkpoint.event_files:
             path.unlink()

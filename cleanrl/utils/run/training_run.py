@@ -1,30 +1,44 @@
-"""What a training script does around its algorithm: curves, videos, models, and how a run ends."""
+"""What surrounds a training script's algorithm: the run's folder, checkpoints, curves, games and models."""
 
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import filelock
+import gymnasium as gym
 import numpy as np
+from tqdm import tqdm
 
+from cleanrl.utils.evaluation import evaluate
 from cleanrl.utils.games.animation import animate
-from cleanrl.utils.games.parallel_envs import WorkerError
-from cleanrl.utils.hub.publish import check_upload, copy_sources, repo_name, upload, write_card
-from cleanrl.utils.replay.rows import Replay
-from cleanrl.utils.run.checkpoint import Run
+from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
+from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
+from cleanrl.utils.hub.publish import check_upload, upload
+from cleanrl.utils.run.charts import CHARTS, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
+from cleanrl.utils.run.checkpoint import Checkpoint, CheckpointWriter, cut_events, newest_checkpoint
 from cleanrl.utils.run.events import EventWriter
+from cleanrl.utils.run.folders import manifests, new_folder
+from cleanrl.utils.run.options import MAY_CHANGE
+from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.tracking import check_tracking, start_tracking
-from cleanrl.utils.signals import Stopped
+from cleanrl.utils.signals import Stopped, StopSignals
+from cleanrl.utils.weights.files import save_weights
+
+EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start from
 
 
 def check_services(args: Any) -> None:
-    """Sees to it that Weights & Biases and the Hub will take what the script's options ask for.
+    """Ensures that Weights & Biases and the Hub will take what the script's options ask for.
 
-    Without `hf_entity` it becomes the user whose token it is.
+    `hf_entity` becomes the user whose token it is, unless it is given.
 
     Raises:
-        SystemExit: with one line, if they will not.
+        SystemExit: with a one-line error, if they will not.
     """
     if args.track:
         check_tracking()
@@ -32,103 +46,262 @@ def check_services(args: Any) -> None:
         args.hf_entity, _, _ = check_upload(repo_name(args), args.hf_entity).partition("/")
 
 
-class TrainingRun(Run):
-    """A run with its checkpoints, as `Run` describes, its curves, its videos and its models.
+class TrainingRun:
+    """A run, new or resumed, locked against other processes; a context around all of its training.
+
+    As a context it notes SIGINT and SIGTERM for `checkpoint`, and ends a run that is stopped, whose
+    environments fail, or whose disk is full, with one line and an exit status. In the first two cases it
+    keeps the network. A run that has finished loses its checkpoints and is uploaded, if it is to be.
 
     Args:
         args: the script's.
         script: the script's file.
-        layout: how TensorBoard groups the curves, as `EventWriter.add_layout` takes it.
-        save_network: writes the network to be kept to a file.
+        state: a new state; of a resumed run it is brought to where the checkpoint was made. It has
+            `gradient_steps`.
+        make_env: makes a game from its id, the probability of sticky actions and the options of `evaluate`.
+        model: the name of the state's field with the network that a stopped run keeps.
+        charts: as `charts.CHARTS`.
+
+    Raises:
+        SystemExit: with a one-line error, if the run cannot be resumed with these arguments, or its folder
+            cannot be written to.
+        TypeError: a field of the state cannot be saved.
     """
 
     def __init__(
         self,
         args: Any,
         script: Path,
-        layout: Mapping[str, Mapping[str, Sequence[str]]],
-        save_network: Callable[[Path], None],
+        state: Any,
+        make_env: Callable[..., gym.Env],
+        model: str,
+        charts: Mapping[str, Mapping[str, Sequence[str]]] = CHARTS,
     ):
-        super().__init__(args, script.stem)
-        self.args, self.save_network = args, save_network
+        check_fields(state)
+        self.args, self.script, self.state, self.model = args, script, state, model
+        self.options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        self.folder = Path(args.resume) if args.resume else new_folder(args)
+        if args.resume and not manifests(self.folder):
+            newest_checkpoint(self.folder)  # says why there is none
+        self._lock = self._acquire_lock()
+        self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
+        resumed = self._resume() if args.resume else None
+        self._checkpoints = CheckpointWriter(self.folder, resumed)
+        self._next_checkpoint = 0.0  # the first one is due at once
+        self._make_game = partial(make_env, args.env_id, args.repeat_action_probability)
+        self._envs: ParallelEnvs | None = None  # while they are open
+        self._bar: tqdm | None = None
+        self._unread: list[tuple[int, dict[str, Any]]] = []  # of `plot`: a step and its values
         mirror = None
         if args.track:
             mirror = start_tracking(self.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
         self.writer = EventWriter(self.folder, mirror)
-        if not self.resumed:
+        if not resumed:
             self.writer.add_options(vars(args))
-            self.writer.add_layout(layout)
+            self.writer.add_layout(charts)
+        self._final_returns: Sequence[float] | None = None
+        if args.upload_model:
+            copy_sources(self.folder, script)
+        print(f"run: {self.folder}" + (", resumed" if resumed else ""))
 
-    def checkpoint(self, capture: Callable[[], Any], buffer_name: str, replay: Replay | None) -> None:
-        """Makes a checkpoint of what `capture` gives, if one is due, and ends a run that must end.
+    def _acquire_lock(self) -> filelock.FileLock:
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / "checkpoints" / "lock")
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise SystemExit(
+                f"error: another process is running {self.folder}; wait until it has ended"
+            ) from None
+        except OSError as error:
+            raise SystemExit(
+                f"error: {self.folder} cannot be written to ({error.strerror}); start in another folder"
+            ) from None
+        return lock
+
+    def _resume(self) -> Checkpoint:
+        resumed = newest_checkpoint(self.folder)
+        if resumed.script != self.script.stem:
+            raise SystemExit(
+                f"error: --resume {self.folder} is a run of {resumed.script}.py, not of {self.script.name}"
+            )
+        for name, value in self.options.items():
+            before = resumed.options.get(name)
+            if name not in MAY_CHANGE and value != before:
+                raise SystemExit(
+                    f"error: --{name.replace('_', '-')} is {value}, but {self.folder} has {before};"
+                    " leave the option out, or start again without --resume"
+                )
+        saved = resumed.read_state()
+        restore(self.state, saved["state"])
+        for name in resumed.replays:
+            resumed.restore_replay(name, getattr(self.state, name))
+        self._saved_games = saved["games"]
+        cut_events(self.folder, resumed)
+        return resumed
+
+    # ------------------------------------------------------------------------------------ how it ends
+
+    def __enter__(self) -> "TrainingRun":
+        self._signals = StopSignals().__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, exception: BaseException | None, traceback: Any) -> None:
+        try:
+            if exception is None:
+                self._write_results()
+            elif isinstance(exception, Stopped | WorkerError) and self.state.gradient_steps > 0:
+                self.save_model(getattr(self.state, self.model))
+        except OSError as error:  # a full disk
+            exception = error
+        finally:
+            self._signals.__exit__()
+            self.writer.close()
+            how_to_resume = "there is no checkpoint"
+            if manifests(self.folder):
+                how_to_resume = f"resume it with --resume {self.folder}"
+            self._lock.release()
+        if isinstance(exception, Stopped):
+            print(f"{exception}; {how_to_resume}", file=sys.stderr)
+            raise SystemExit(exception.status) from None
+        if isinstance(exception, WorkerError | OSError):
+            raise SystemExit(f"error: {exception}; {how_to_resume}") from None
+        if exception is None and self.args.upload_model:
+            upload(self.folder)
+
+    def _write_results(self) -> None:
+        self._write_values()
+        if self.args.upload_model:
+            repo_id = f"{self.args.hf_entity}/{repo_name(self.args)}"
+            write_card(self.folder, repo_id, self.args, self.script, self._final_returns)
+        self.writer.close()
+        self._checkpoints.remove_all()
+
+    # ------------------------------------------------------------------------------------ checkpoints
+
+    def checkpoint(self) -> None:
+        """Makes a checkpoint if one is due, and ends a stopped run; to be called where nothing is half-done.
 
         Raises:
-            Stopped: the run is asked to end.
+            Stopped: the run was asked to stop.
         """
-        if self.is_due():
+        stop = self._signals.received
+        is_time = self.args.checkpoint_interval > 0 and time.monotonic() >= self._next_checkpoint
+        if is_time or stop is not None:
+            self._write_values()
             self.writer.flush()
-            self.save(capture(), buffer_name, replay)
-        self.raise_if_stopped()
+            games = self._saved_games
+            if self._envs:
+                games = self._games_seed, self._envs.get_states()
+            state = {"state": capture(self.state), "games": games}
+            self._checkpoints.save(self.script.stem, self.options, state, replays_of(self.state))
+            self._next_checkpoint = time.monotonic() + self.args.checkpoint_interval
+        if stop is not None:
+            raise Stopped(stop)
+
+    # ------------------------------------------------------------------------------------------ games
 
     @contextmanager
-    def video(self, name: str, step: int) -> Iterator[Path | None]:
-        """Gives the folder, called `name`, for the mp4 of the games to be played, if one is to be recorded.
+    def open_envs(self, num_envs: int, seed: Sequence[int]) -> Iterator[ParallelEnvs]:
+        """Environments with new games from `seed`; or, of a resumed run, with its own where they stood."""
+        with ParallelEnvs([self._make_game] * num_envs) as envs:
+            if self._saved_games and list(self._saved_games[0]) == list(seed):
+                envs.set_states(self._saved_games[1])
+            else:
+                envs.reset(seed)
+            self._envs, self._games_seed = envs, list(seed)
+            try:
+                yield envs
+                self._saved_games = list(seed), envs.get_states()
+            finally:
+                self._envs = None
 
-        TensorBoard shows it at `step`, under what precedes the first hyphen of `name`.
+    def play(
+        self, name: str, compute_q_values: Callable[[np.ndarray], np.ndarray], num_games: int, step: int
+    ) -> list[float]:
+        """The unclipped returns of whole games, played with ε = `end_e`: the same games each time.
+
+        With --capture-video the first one is recorded in the folder `name`; TensorBoard shows it at `step`.
         """
-        if not self.args.capture_video:
-            yield None
-            return
-        folder = self.folder / "videos" / name
-        yield folder
-        for path in folder.glob("*.mp4"):
+        video_folder = self.folder / "videos" / name if self.args.capture_video else None
+        if self._bar:
+            self._bar.set_postfix_str("playing games")
+        returns = evaluate(
+            self._make_game,
+            compute_q_values,
+            num_games,
+            seed=(self.args.seed, EVALUATION_SEED),
+            epsilon=self.args.end_e,
+            video_folder=video_folder,
+            before_step=self.checkpoint,
+        )
+        if self._bar:
+            self._bar.set_postfix_str("")
+        for path in video_folder.glob("*.mp4") if video_folder else ():
             try:
                 self.writer.add_animation(f"videos/{name.partition('-')[0]}", *animate(path), step)
             except OSError:
-                print(f"\nwarning: {path} is damaged, and not shown in TensorBoard", file=sys.stderr)
+                self.say(f"warning: {path} is damaged, and not shown in TensorBoard")
+        return returns
 
-    def save_model(self, suffix: str = "") -> None:
-        """Saves the network in the run's folder, unless models are not to be saved."""
+    # ----------------------------------------------------------------------------------------- curves
+
+    @contextmanager
+    def progress(self, name: str, done: int, total: int, unit: str) -> Iterator[tqdm]:
+        """A progress bar for `total` of a `unit`, of which some are `done`."""
+        with tqdm(total=total, initial=done, desc=name, unit=f" {unit}") as self._bar:
+            try:
+                yield self._bar
+            finally:
+                self._bar = None
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        tqdm.write(text)
+
+    def plot(self, values: dict[str, Any], step: int) -> None:
+        """Adds a point at `step` to each curve, by its tag in `charts.TAGS`.
+
+        Values may be on a device still. They are read when the next ones come or a checkpoint is made: the
+        device is not waited for. A loss that is not finite then ends the run.
+
+        Raises:
+            SystemExit: with a one-line error, for a loss that is not finite.
+        """
+        if unknown := values.keys() - TAGS.keys():
+            raise KeyError(f"{unknown.pop()} is not among the tags of cleanrl/utils/run/charts.py")
+        self._write_values()
+        self._unread.append((step, values))
+
+    def plot_game(self, game: FinishedGame, step: int) -> None:
+        """Adds a finished game to the curves."""
+        self.writer.add_scalar(EPISODIC_RETURN, game.episodic_return, step)
+        self.writer.add_scalar("charts/episodic_length", game.episodic_length, step)
+
+    def _write_values(self) -> None:
+        unread, self._unread = self._unread, []
+        numbers = iter(read_numbers([value for _, values in unread for value in values.values()]))
+        for step, values in unread:
+            for tag, number in zip(values, numbers, strict=False):
+                if tag.endswith("loss") and not math.isfinite(number):
+                    raise SystemExit(f"error: {tag} is {number} at step {step}; try a lower --learning-rate")
+                self.writer.add_scalar(tag, number, step)
+
+    # ---------------------------------------------------------------------------------------- results
+
+    def save_model(self, network: Any, suffix: str = "") -> None:
+        """Saves a network as {exp_name}{suffix}.cleanrl_model, unless models are not to be saved.
+
+        Raises:
+            SystemExit: with a one-line error, if it is not finite; a file from before stays.
+        """
         if self.args.save_model:
-            self.save_network(self.folder / f"{self.args.exp_name}{suffix}.cleanrl_model")
+            self._write_values()  # says at which step it went wrong
+            save_weights(self.folder / f"{self.args.exp_name}{suffix}.cleanrl_model", network)
 
-    def report(self, returns: Sequence[float]) -> None:
-        """Takes down the returns of the final evaluation's games."""
-        self.final_returns = returns
+    def finish(self, returns: Sequence[float]) -> None:
+        """Takes the returns of the final evaluation's games."""
+        self._final_returns = returns
         for game, episodic_return in enumerate(returns):
-            self.writer.add_scalar("eval/episodic_return", episodic_return, game)
-        print(f"final evaluation: mean return {np.mean(returns):.2f} over {len(returns)} games")
-
-
-@contextmanager
-def training_run(
-    args: Any,
-    script: Path,
-    layout: Mapping[str, Mapping[str, Sequence[str]]],
-    save_network: Callable[[Path], None],
-    has_learned: Callable[[], bool],
-) -> Iterator[TrainingRun]:
-    """Starts a run, or goes on with one, and sees to its end, whatever that is.
-
-    A run that is stopped, or whose environments fail, keeps its network if that `has_learned`. One that comes
-    to its end removes its checkpoints and is uploaded, if it is to be. For the others see `TrainingRun`.
-
-    Raises:
-        SystemExit: with one line, or after one, if it cannot be started or does not come to its end.
-    """
-    with TrainingRun(args, script, layout, save_network) as run:
-        try:
-            if args.upload_model:
-                copy_sources(run.folder, script)
-            yield run
-            if args.upload_model:
-                write_card(run.folder, f"{args.hf_entity}/{repo_name(args)}", args, script, run.final_returns)
-        except (Stopped, WorkerError):
-            if has_learned():
-                run.save_model()
-            raise
-        finally:
-            run.writer.close()
-        run.finish()
-    if args.upload_model:
-        upload(run.folder)
+            self.plot({EVALUATION_RETURN: episodic_return}, game)
+        self.say(f"final evaluation: mean return {np.mean(returns):.2f} over {len(returns)} games")

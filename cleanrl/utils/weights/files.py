@@ -1,44 +1,40 @@
-"""A network's parameters: from a file that somebody else may have written, in torch's layout or in flax's.
-
-A layout is names and the order of axes: `network.0.weight` (out, in, height, width) in torch,
-`params/Conv_0/kernel` (height, width, in, out) in flax. Any file format may hold either.
-"""
+"""Files of weights: reads every format, decided by content, and saves a network's weights safely."""
 
 import io
 import os
 import pickle
-import re
-import reprlib
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from cleanrl.utils.storage import write_durably
+from cleanrl.utils.weights.layouts import (  # noqa  TEMPORARY
+    QUOTE,
+    check_weights,
+    fit_weights,
+    flatten,
+    from_stable_baselines3,
+    to_flax,
+    to_torch,
+    unflatten,
+)
 
 SAVE_AGAIN = "download or save it again"
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
 
-QUOTE = reprlib.Repr()  # for names from the file, which may hold line breaks or terminal codes, or be endless
-QUOTE.maxstring = 80
-
-STABLE_BASELINES3_LAYERS = {
-    "q_net.features_extractor.cnn.0": "network.0",
-    "q_net.features_extractor.cnn.2": "network.2",
-    "q_net.features_extractor.cnn.4": "network.4",
-    "q_net.features_extractor.linear.0": "network.7",
-    "q_net.q_net.0": "network.9",
-}
-
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns a network's parameters by name, from a torch state dict, flax msgpack or safetensors file.
+    """Reads a network's parameters by name, from a torch state dict, flax msgpack or safetensors file.
 
-    A zip file that Stable-Baselines3's DQN saved is read as well: the Q-network in it, under our names. The
-    content decides which of them it is, not the name. Floating-point parameters of any width come as
-    float32, in the file's layout; flax's nested names are joined as in `flatten`. Nothing in the file is ever
-    run. Raises SystemExit with one line if it is anything else.
+    From a zip file saved by Stable-Baselines3's DQN it takes the Q-network, under our names. The content
+    decides the format, not the file's name. Floating-point parameters of any width become float32, in the
+    file's layout; flax's nested names are joined as in `flatten`. Nothing in the file is ever executed.
+
+    Raises:
+        SystemExit: with a one-line error for anything else.
     """
     path = Path(path)
     try:
@@ -56,7 +52,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if size == 0:
         raise SystemExit(f"error: {path} is empty; {SAVE_AGAIN}.")
 
-    if head[8:] == b"{":  # after 8 bytes of length, which may begin like any other format, a JSON header
+    if head[8:] == b"{":  # a JSON header after 8 bytes of length, which may look like any other format
         weights = _read_safetensors(path)
     elif head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a bare pickle as before torch 1.6
         weights = _read_torch(path)
@@ -82,16 +78,16 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            policy = _policy_of_stable_baselines3(path)
+            policy = _stable_baselines3_policy(path)
             state_dict = torch.load(policy or path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's text goes over many lines and advises to trust the file
+    except pickle.UnpicklingError:  # torch's message has many lines and advises to trust the file
         raise SystemExit(
             f"error: {path} is refused: it holds Python objects beside tensors, which could run code, or is"
             " damaged; save network.state_dict() alone, or download it again."
         ) from None
-    except Exception:  # EOFError, RuntimeError, OSError, IndexError …: it depends on where the damage is
+    except Exception:  # EOFError, RuntimeError, OSError, IndexError …, depending on where the damage is
         raise SystemExit(
-            f"error: {path} is cut short, damaged or no torch state dict; {SAVE_AGAIN}."
+            f"error: {path} is truncated, damaged or not a torch state dict; {SAVE_AGAIN}."
         ) from None
 
     if not isinstance(state_dict, dict):
@@ -101,11 +97,11 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise SystemExit(
-                f"error: {path} is no state dict ({QUOTE.repr(name)} is a {kind});"
+                f"error: {path} is not a state dict ({QUOTE.repr(name)} is a {kind});"
                 " save network.state_dict() alone."
             )
     if policy:
-        state_dict = _from_stable_baselines3(state_dict)
+        state_dict = from_stable_baselines3(state_dict)
     try:
         return {
             name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
@@ -117,7 +113,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _policy_of_stable_baselines3(path: Path) -> io.BytesIO | None:
+def _stable_baselines3_policy(path: Path) -> io.BytesIO | None:
     """The state dict in a zip file of Stable-Baselines3; None if `path` is something else."""
     if not zipfile.is_zipfile(path):
         return None
@@ -125,18 +121,6 @@ def _policy_of_stable_baselines3(path: Path) -> io.BytesIO | None:
         if "policy.pth" not in archive.namelist():
             return None
         return io.BytesIO(archive.read("policy.pth"))
-
-
-def _from_stable_baselines3(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The Q-network's parameters under our names, without the target network's."""
-    renamed = {}
-    for name, tensor in state_dict.items():
-        layer, _, parameter = name.rpartition(".")
-        if layer in STABLE_BASELINES3_LAYERS:
-            renamed[f"{STABLE_BASELINES3_LAYERS[layer]}.{parameter}"] = tensor
-        elif not name.startswith("q_net_target."):
-            renamed[name] = tensor
-    return renamed
 
 
 def _read_flax(path: Path) -> dict[str, np.ndarray]:
@@ -150,17 +134,17 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             weights = flatten(msgpack_restore(path.read_bytes()))
-    except Exception:  # ValueError, TypeError, RecursionError, KeyError …: it depends on where the damage is
+    except Exception:  # ValueError, TypeError, RecursionError, KeyError …, depending on where the damage is
         raise SystemExit(
-            f"error: {path} is cut short, damaged or no flax parameters; {SAVE_AGAIN}."
+            f"error: {path} is truncated, damaged or not flax parameters; {SAVE_AGAIN}."
         ) from None
     for name, array in weights.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
             raise SystemExit(
-                f"error: {path} is no flax parameters ({QUOTE.repr(name)} is a {type(array).__name__});"
-                " save flax.serialization.to_bytes(params) alone."
+                f"error: {path} does not hold flax parameters ({QUOTE.repr(name)} is a"
+                f" {type(array).__name__}); save flax.serialization.to_bytes(params) alone."
             )
-        if "float" not in array.dtype.name:  # NumPy counts bfloat16 as no kind of number
+        if "float" not in array.dtype.name:  # NumPy does not count bfloat16 as a kind of number
             dtype = array.dtype.name
             raise SystemExit(
                 f"error: {path}: {QUOTE.repr(name)} is of type {dtype}; save floating-point weights."
@@ -175,11 +159,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         tensors = deserialize(path.read_bytes())
     except SafetensorError:
         raise SystemExit(
-            f"error: {path} is cut short, damaged or no safetensors file; {SAVE_AGAIN}."
+            f"error: {path} is truncated, damaged or not a safetensors file; {SAVE_AGAIN}."
         ) from None
     weights = {}
     for name, tensor in tensors:
-        # safetensors' own NumPy reader knows no bfloat16, which is the upper half of a float32
+        # safetensors' own NumPy reader does not know bfloat16, the upper half of a float32
         dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(tensor["dtype"])
         if dtype is None:
             raise SystemExit(
@@ -198,184 +182,33 @@ def _to_float32(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32)
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"params": {"Conv_0": {"bias": array, …}}} to {"params/Conv_0/bias": array, …}."""
-    weights = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            weights |= {name + "/" + rest: leaf for rest, leaf in flatten(value).items()}
-        else:
-            weights[name] = value
-    return weights
+def save_weights(path: Path, network: Any) -> None:
+    """Saves a network's weights, all of them or nothing.
 
+    Args:
+        path: the file, as published models have it: of a torch module its state dict, of a JAX function the
+            msgpack of its `params`.
+        network: a `torch.nn.Module`, or anything with `params`.
 
-def unflatten(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`, in plain dicts."""
-    tree: dict[str, Any] = {}
-    for name, value in weights.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-class _Network(NamedTuple):
-    flax_layers: dict[str, str]
-    """torch's name of each layer: flax's"""
-    flattened: tuple[int, int, int]
-    """channels, height and width of what the first dense layer takes"""
-
-
-_TEACHER = _Network(
-    {
-        "network.0": "params/Conv_0",
-        "network.2": "params/Conv_1",
-        "network.4": "params/Conv_2",
-        "network.7": "params/Dense_0",
-        "network.9": "params/Dense_1",
-    },
-    flattened=(64, 7, 7),
-)
-_STUDENT = _Network(
-    {f"network.{i}.conv": f"params/ConvSequence_{i}/Conv_0" for i in range(3)}
-    | {
-        f"network.{i}.res_block{j}.conv{k}": f"params/ConvSequence_{i}/ResidualBlock_{j}/Conv_{k}"
-        for i in range(3)
-        for j in range(2)
-        for k in range(2)
-    }
-    | {"network.5": "params/Dense_0", "network.7": "params/Dense_1"},
-    flattened=(32, 11, 11),
-)
-
-
-def to_flax(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A teacher's or a student's parameters in flax's layout, C-contiguous; as they are if they have it.
-
-    The names and shapes must be the network's own, but for the width of the dense layers.
+    Raises:
+        SystemExit: with a one-line error if a weight is not finite. A file saved before stays as it is.
+        OSError: the file cannot be written. A file saved before stays as it is.
     """
-    if _in_flax_layout(weights):
-        return dict(weights)
-    network = _STUDENT if "network.0.conv.weight" in weights else _TEACHER
-    converted = {}
-    for name, array in weights.items():
-        torch_layer, parameter = name.rsplit(".", 1)
-        layer = network.flax_layers[torch_layer]
-        if array.ndim == 4:
-            array = array.transpose(2, 3, 1, 0)
-        elif array.ndim == 2 and layer == "params/Dense_0":  # like a convolution as large as its input
-            array = array.reshape(-1, *network.flattened).transpose(2, 3, 1, 0).reshape(-1, len(array))
-        else:
-            array = array.T
-        parameter = {"weight": "kernel", "bias": "bias"}[parameter]
-        converted[f"{layer}/{parameter}"] = np.ascontiguousarray(array)
-    return converted
+    if hasattr(network, "state_dict"):
+        import torch
 
+        state_dict = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+        is_finite = all(torch.isfinite(tensor).all() for tensor in state_dict.values())
+        content = io.BytesIO()
+        torch.save(state_dict, content)
+        data = content.getvalue()
+    else:
+        from flax.serialization import to_bytes, to_state_dict
 
-def to_torch(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `to_flax`."""
-    if not _in_flax_layout(weights):
-        return dict(weights)
-    network = _STUDENT if "params/ConvSequence_0/Conv_0/kernel" in weights else _TEACHER
-    torch_layers = {layer: torch_layer for torch_layer, layer in network.flax_layers.items()}
-    channels, height, width = network.flattened
-    converted = {}
-    for name, array in weights.items():
-        layer, parameter = name.rsplit("/", 1)
-        if array.ndim == 4:
-            array = array.transpose(3, 2, 0, 1)
-        elif array.ndim == 2 and layer == "params/Dense_0":
-            array = array.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(array.T.shape)
-        else:
-            array = array.T
-        parameter = {"kernel": "weight", "bias": "bias"}[parameter]
-        converted[f"{torch_layers[layer]}.{parameter}"] = np.ascontiguousarray(array)
-    return converted
-
-
-def _in_flax_layout(weights: Mapping[str, Any]) -> bool:
-    return any(name.startswith("params/") for name in weights)
-
-
-def fit_weights(
-    weights: dict[str, np.ndarray], like: Mapping[str, Any], source: str, role: str = "teacher"
-) -> dict[str, np.ndarray]:
-    """Returns `weights` in the names, layout and order of `like`, a network's own parameters.
-
-    `like` is in either layout; its arrays may be anything with a shape. Raises SystemExit with the line of
-    `check_weights`, which speaks in the names of `weights` and so is the same whatever layout `like` has.
-    """
-    expected = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in like.items()}
-    expected = to_flax(expected) if _in_flax_layout(weights) else to_torch(expected)
-    # sorted: the same line for every order, and in both networks and layouts the last layer stays last
-    check_weights(weights, {name: expected[name].shape for name in sorted(expected)}, source, role)
-    fitted = to_flax(weights) if _in_flax_layout(like) else to_torch(weights)
-    return {name: fitted[name] for name in like}
-
-
-def check_weights(
-    weights: dict[str, np.ndarray],
-    expected_shapes: dict[str, tuple[int, ...]],
-    source: str,
-    role: str = "teacher",
-) -> None:
-    """Raises SystemExit with one line unless `weights` are finite numbers of exactly these names and shapes.
-
-    The last entry of `expected_shapes` is of the last layer, whose width is the game's number of actions.
-    `source` is where the weights come from and `role` whose they are, for the message.
-    """
-    missing = [name for name in expected_shapes if name not in weights]
-    unexpected = [name for name in weights if name not in expected_shapes]
-    wrong = [
-        name
-        for name, shape in expected_shapes.items()
-        if name in weights and weights[name].shape != tuple(shape)
-    ]
-    if not missing and not unexpected and wrong:
-        actions = _differing_actions(weights, expected_shapes, wrong)
-        if actions:
-            raise SystemExit(
-                f"error: {source}: the {role} has {actions[0]} actions, this game has {actions[1]};"
-                f" use a {role} trained on this game."
-            )
-    differences = [f"missing {_some(missing)}"] if missing else []
-    differences += [f"unexpected {_some([QUOTE.repr(name) for name in unexpected])}"] if unexpected else []
-    shapes = [f"{name} is {weights[name].shape}, not {tuple(expected_shapes[name])}" for name in wrong]
-    differences += [_some(shapes)] if shapes else []
-    if differences:
-        raise SystemExit(
-            f"error: {source}: another architecture than the {role}'s ({'; '.join(differences)})."
-        )
-    for name, array in weights.items():
-        if array.dtype.kind != "f":
-            raise SystemExit(
-                f"error: {source}: {name} of the {role} is {array.dtype}; use floating-point weights."
-            )
-        if not np.isfinite(array).all():
-            raise SystemExit(
-                f"error: {source}: {name} of the {role} has NaN or infinite values; use another {role}."
-            )
-
-
-def _differing_actions(
-    weights: dict[str, np.ndarray], expected_shapes: dict[str, tuple[int, ...]], wrong: list[str]
-) -> tuple[int, int] | None:
-    """The two numbers of actions, if the width of the last layer is all that differs."""
-    layers = {name: re.split(r"[./]\w+$", name)[0] for name in expected_shapes}
-    last_layer = [name for name in layers if layers[name] == list(layers.values())[-1]]
-    if wrong != last_layer:
-        return None
-    differing = set()
-    for name in wrong:
-        have, want = weights[name].shape, tuple(expected_shapes[name])
-        if len(have) != len(want):
-            return None
-        differing |= {(a, b) for a, b in zip(have, want, strict=True) if a != b}
-    return differing.pop() if len(differing) == 1 else None
-
-
-def _some(items: list[str]) -> str:
-    """The first three of them, since a whole network would fill the screen."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+        arrays = flatten(to_state_dict(network.params)).values()
+        is_finite = all(np.isfinite(np.asarray(array)).all() for array in arrays)
+        data = to_bytes(network.params)
+    if not is_finite:
+        kept = f"kept as saved before: {path}" if path.exists() else f"not saved: {path}"
+        raise SystemExit(f"error: the network's weights are not finite; {kept}; try a lower --learning-rate")
+    write_durably(path, data)

@@ -1,0 +1,140 @@
+"""What a benchmark knows of its runs, kept in a file for each between two starts.
+
+A run's record, `runs/benchmark/{env_id}__{exp_name}__{seed}.json`, names the command it was started with and
+the folder it writes to; beside it is the log of its output. The folder itself shows whether the run has
+finished: until then a training script keeps its `checkpoints` there.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import filelock
+
+from cleanrl.utils.benchmark.logs import last_line, short_progress
+from cleanrl.utils.benchmark.plan import Plan
+from cleanrl.utils.run.folders import manifests
+from cleanrl.utils.storage import write_durably
+
+State = Literal["waiting", "running", "done", "failed", "stopped"]
+
+
+@dataclass
+class Record:
+    """What is kept of a run between two starts of the benchmark."""
+
+    command: list[str]
+    state: State = "waiting"
+    folder: str | None = None  # its name in runs/
+    starts: int = 0
+    seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(eq=False)
+class Job:
+    """A run while the benchmark works on it: its plan, its record and its progress.
+
+    It is locked against other processes until its context ends.
+    """
+
+    plan: Plan
+    folder: Path  # of the records
+    record: Record = field(init=False)
+    progress: str = ""
+    node: str = ""
+    started: float | None = None  # time.monotonic() at its start, if it is running
+
+    def __post_init__(self) -> None:
+        """Raises SystemExit with a one-line error if it is locked or its record is damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / f"{self.plan.name}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise SystemExit(
+                f"error: another benchmark is running {self.plan.name}; wait until it has finished"
+            ) from None
+        self.record = self._read() or Record(self.plan.identity)
+        # A run may have finished by itself after the benchmark was killed.
+        if self.record.state == "running" and self.run_folder and is_finished(self.run_folder):
+            self.record.state = "done"
+        elif self.record.state != "done" or not self.run_folder or not is_finished(self.run_folder):
+            self.record.state = "waiting"
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / f"{self.plan.name}.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / f"{self.plan.name}.log"
+
+    @property
+    def run_folder(self) -> Path | None:
+        return self.folder.parent / self.record.folder if self.record.folder else None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run, over all its starts."""
+        return self.record.seconds + (time.monotonic() - self.started if self.started else 0)
+
+    def _read(self) -> Record | None:
+        try:
+            return Record(**json.loads(self.record_path.read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            raise SystemExit(
+                f"error: {self.record_path} is damaged; delete it to start that run again"
+            ) from None
+
+    def _save(self) -> None:
+        record = dataclasses.replace(self.record, seconds=self.seconds)
+        write_durably(self.record_path, json.dumps(dataclasses.asdict(record), indent=1).encode())
+
+    def check_command(self) -> None:
+        """Raises SystemExit with a one-line error if the run was started with another command."""
+        if self.record.command != self.plan.identity:
+            before, now = " ".join(self.record.command), " ".join(self.plan.identity)
+            raise SystemExit(
+                f"error: {self.plan.name} was started as `{before}`, not as `{now}`; give this one its own"
+                f" --exp-name, or delete {self.record_path} to start over"
+            )
+
+    def begin(self, node: str = "") -> None:
+        self.record.state, self.record.message = "running", ""
+        self.record.starts += 1
+        self.record.seconds = self.seconds  # of an attempt that was cut short
+        self.started, self.node = time.monotonic(), node
+        self._save()
+
+    def show(self, folder: str | None) -> None:
+        """Updates its folder's name, once known, and its progress, from its log."""
+        self.progress = short_progress(last_line(self.log_path))
+        if folder and folder != self.record.folder:
+            self.record.folder = folder
+            self._save()
+
+    def end(self, state: State, message: str) -> None:
+        self.record.seconds, self.started = self.seconds, None
+        self.record.state, self.record.message = state, message
+        self._save()
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run has finished: it then has no checkpoints any more."""
+    return run_folder.is_dir() and not (run_folder / "checkpoints").exists()
+
+
+def resumable(run_folder: Path | None) -> bool:
+    return run_folder is not None and bool(manifests(run_folder))

@@ -1,0 +1,217 @@
+"""A replay buffer as a folder: `--save-replay` of DQN writes it, `--teacher-replay-path` of QDagger reads it.
+
+A manifest is written last: without it the folder is not whole.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
+from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
+from cleanrl.utils.storage import (
+    DamagedError,
+    FileEntry,
+    read_manifest,
+    read_tree,
+    write_manifest,
+    write_tree,
+)
+
+MANIFEST = "manifest.json"
+FILE_NAME = re.compile(r"rows-\d+\.zst")
+FORMAT, VERSION = "qdagger replay", 1
+STACKS_AT_A_TIME = 1024  # for the teacher's Q-values
+ROW_SHAPES = {"envs": (np.int64, ()), "positions": (np.int64, ()), "frames": (np.uint8, (84, 84))} | {
+    name: (dtype, ()) for name, dtype in COLUMNS.items()
+}
+
+
+@dataclass
+class SavedReplay:
+    """A folder that `save_replay` wrote."""
+
+    folder: Path
+    num_actions: int
+    oldest: np.ndarray  # int64 (num_envs,): the first position of every ring,
+    heads: np.ndarray  # and the last, which is that of an observation without an action
+    files: list[FileEntry]
+
+    @property
+    def num_envs(self) -> int:
+        return len(self.heads)
+
+    @property
+    def capacity(self) -> int:
+        """The frames that a replay buffer must hold to take all rows."""
+        return self.num_envs * int((self.heads - self.oldest + 1).max())
+
+    @property
+    def num_rows(self) -> int:
+        return int((self.heads - self.oldest + 1).sum())
+
+    def rows(self, num_slots: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The rows that a buffer of `num_slots` per ring keeps, a part at a time, with their slots.
+
+        Raises:
+            SystemExit: with a one-line error, if a file is missing or damaged.
+        """
+        return fitting_rows(self._parts(), self.oldest, self.heads, num_slots)
+
+    def _parts(self) -> Iterator[dict[str, np.ndarray]]:
+        num_rows = 0
+        for entry in self.files:
+            rows = self._read(entry)
+            num_rows += len(rows["envs"])
+            yield rows
+        if num_rows != self.num_rows:
+            raise SystemExit(
+                f"error: {self.folder}: its files hold {num_rows} frames, not {self.num_rows} as its manifest"
+                " says; save or copy the replay again"
+            )
+
+    def _read(self, entry: FileEntry) -> dict[str, np.ndarray]:
+        try:
+            rows = read_tree(self.folder, entry)
+            self._check(entry, rows)
+        except DamagedError as fault:
+            raise SystemExit(f"error: {self.folder}: {fault}; save or copy the replay again") from None
+        return rows
+
+    def _check(self, entry: FileEntry, rows: Any) -> None:
+        foreign = DamagedError(f"{entry.name} does not hold rows of a replay buffer of this game")
+        if not isinstance(rows, dict) or rows.keys() != ROW_SHAPES.keys():
+            raise foreign
+        for name, (dtype, shape) in ROW_SHAPES.items():
+            if not isinstance(rows[name], np.ndarray) or rows[name].dtype != dtype:
+                raise foreign
+            if rows[name].shape != (len(rows["envs"]), *shape):
+                raise foreign
+        envs, positions = rows["envs"], rows["positions"]
+        if not ((envs >= 0) & (envs < self.num_envs)).all():
+            raise foreign
+        if not ((positions >= self.oldest[envs]) & (positions <= self.heads[envs])).all():
+            raise foreign
+        if not (rows["actions"] < self.num_actions).all() or not (rows["stack_depths"] <= 3).all():
+            raise foreign
+
+
+def check_new_folder(folder: Path) -> None:
+    """Ensures before the training that a replay can be saved there after it.
+
+    Raises:
+        SystemExit: with a one-line error, if the folder is not empty or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A run that could not save all of it and was resumed finds its own files.
+        if any(not path.name.startswith("rows-") for path in folder.iterdir()):
+            raise SystemExit(f"error: --save-replay {folder} is not empty; name a new folder")
+        probe = folder / "probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(f"error: --save-replay {folder}: {error.strerror}; name another folder") from None
+
+
+def save_replay(folder: Path, replay: ReplayBuffer, env_id: str, num_actions: int) -> None:
+    """Saves all that a replay buffer holds, one file's rows in memory at a time.
+
+    Raises:
+        SystemExit: with a one-line error, for example if the disk is full.
+    """
+    oldest, heads = held_positions(replay)
+    try:
+        files = [
+            write_tree(folder / f"rows-{index:06d}.zst", rows)
+            for index, rows in enumerate(rows_between(replay, oldest, heads))
+        ]
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "env_id": env_id,
+            "num_actions": num_actions,
+            "oldest": oldest.tolist(),
+            "heads": heads.tolist(),
+            "files": files,
+        }
+        write_manifest(folder / MANIFEST, content)
+    except OSError as error:
+        raise SystemExit(
+            f"error: --save-replay {folder}: {error.strerror}; free some space, then resume the run"
+        ) from None
+
+
+def open_replay(args: Any, num_actions: int) -> SavedReplay:
+    """Reads the manifest of the replay `teacher_replay_path`; its rows are read later, by `SavedReplay.rows`.
+
+    Raises:
+        SystemExit: with a one-line error, if it is not a replay of that game, is damaged, or has less than a
+            batch of frames or, in some ring, fewer than `n_step` steps.
+    """
+    folder, env_id = args.teacher_replay_path, args.env_id
+    source = f"--teacher-replay-path {folder}"
+    if not folder.is_dir():
+        raise SystemExit(f"error: {source} is not a folder; name one that --save-replay wrote")
+    if not (folder / MANIFEST).exists():
+        raise SystemExit(f"error: {source} has no {MANIFEST}: it is not a complete replay; save it again")
+    try:
+        content = read_manifest(folder / MANIFEST)
+        if content.get("format") != FORMAT:
+            raise DamagedError(f"{MANIFEST} is not a replay's")
+        if content.get("version") != VERSION:
+            raise DamagedError(f"{MANIFEST} has version {content.get('version')}, not {VERSION}")
+        if (content["env_id"], content["num_actions"]) != (env_id, num_actions):
+            raise DamagedError(
+                f"it is a replay of {content['env_id']} with {content['num_actions']} actions, not of"
+                f" {env_id} with {num_actions}"
+            )
+        oldest, heads = (np.array(content[name], dtype=np.int64) for name in ("oldest", "heads"))
+        files = [FileEntry(*entry) for entry in content["files"]]
+        saved = SavedReplay(folder, num_actions, oldest, heads, files)
+        if oldest.ndim != 1 or heads.shape != oldest.shape or not len(heads) or (oldest < 0).any():
+            raise ValueError
+        if not (oldest <= heads).all() or not all(FILE_NAME.fullmatch(entry.name) for entry in files):
+            raise ValueError
+    except DamagedError as fault:
+        raise SystemExit(f"error: {source}: {fault}; use a replay saved for this game") from None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise SystemExit(f"error: {source}: {MANIFEST} is not a replay's; save it again") from None
+    fewest_steps = int((heads - oldest).min())
+    if saved.num_rows < args.batch_size or fewest_steps < args.n_step:
+        raise SystemExit(
+            f"error: {source} holds {saved.num_rows} frames and at least {fewest_steps} steps of every"
+            f" environment, but {args.batch_size} and {args.n_step} are needed; save a longer replay"
+        )
+    return saved
+
+
+def load_replay(
+    args: Any, replay: ReplayBuffer, compute_q_values: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Fills `replay` from the replay `teacher_replay_path`, as far as it fits.
+
+    Args:
+        args: the script's.
+        replay: a buffer for as many environments.
+        compute_q_values: from observations uint8 (n, 4, 84, 84) to the Q-values to be kept with them.
+
+    Raises:
+        SystemExit: with a one-line error, if a file is missing or damaged.
+    """
+    saved = open_replay(args, replay.num_q_values)
+    replay.allocate()
+    with tqdm(total=saved.num_rows, desc="teacher's replay", unit=" frames") as progress:
+        for slots, rows in saved.rows(replay.num_slots):
+            replay.write(slots, rows)
+            # The frames of these stacks are in place: a file comes after those before it in time.
+            for first in range(0, len(slots), STACKS_AT_A_TIME):
+                chunk = slots[first : first + STACKS_AT_A_TIME]
+                replay.columns["teacher_q_values"][chunk] = compute_q_values(replay.observations(chunk))
+            progress.update(len(slots))
+    replay.heads = saved.heads.copy()

@@ -1,0 +1,123 @@
+"""A run's state in a checkpoint. The state is a script's `TrainState`; every field is saved, by its kind:
+
+| a field that is                                | is saved as                                  |
+|------------------------------------------------|----------------------------------------------|
+| a module or optimizer of PyTorch               | its `state_dict()`                           |
+| a dataclass of JAX's arrays                    | its leaves                                   |
+| a random generator of NumPy                    | the state of its bit generator               |
+| a replay buffer                                | its rows, in files of their own              |
+| a number, string, None, array, or a list, tuple or dict of these | itself                     |
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.storage import DamagedError, pack
+
+
+def check_fields(state: Any) -> None:
+    """Raises TypeError with the name of the first field that cannot be saved."""
+    for name, content in capture(state).items():
+        try:
+            pack(content)
+        except TypeError as error:
+            kind = type(state).__name__
+            raise TypeError(f"{kind}.{name} cannot be saved in a checkpoint: {error}") from None
+
+
+def replays_of(state: Any) -> dict[str, ReplayBuffer]:
+    """The replay buffers that take memory, by the names of their fields."""
+    found = {name: value for name, value in vars(state).items() if isinstance(value, ReplayBuffer)}
+    return {name: replay for name, replay in found.items() if replay.frames is not None}
+
+
+def capture(state: Any) -> dict[str, Any]:
+    """All of a state but its replay buffers, as `storage.pack` takes it."""
+    fields = {name: value for name, value in vars(state).items() if not isinstance(value, ReplayBuffer)}
+    return {name: _capture(value) for name, value in fields.items()}
+
+
+def restore(state: Any, saved: dict[str, Any]) -> None:
+    """Brings a new state, made with the same options, to where `capture` saw one.
+
+    Raises:
+        DamagedError: `saved` is of another kind of state.
+    """
+    if saved.keys() != capture(state).keys():
+        differing = ", ".join(sorted(saved.keys() ^ capture(state).keys()))
+        raise DamagedError(f"it is of another version of the script, which differs in {differing}")
+    for name, content in saved.items():
+        setattr(state, name, _restore(getattr(state, name), content))
+
+
+def _capture(value: Any) -> Any:
+    if hasattr(value, "state_dict"):
+        return value.state_dict()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if dataclasses.is_dataclass(value):
+        import jax
+
+        return jax.tree.leaves(value)
+    return value
+
+
+def _restore(value: Any, content: Any) -> Any:
+    if hasattr(value, "param_groups"):
+        _restore_optimizer(value, content)
+        return value
+    if hasattr(value, "load_state_dict"):
+        value.load_state_dict(_to_tensors(content))
+        return value
+    if isinstance(value, np.random.Generator):
+        value.bit_generator.state = content
+        return value
+    if dataclasses.is_dataclass(value):
+        import jax
+
+        leaves, structure = jax.tree.flatten(value)
+        for old, new in zip(leaves, content, strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise DamagedError(f"it holds {new.dtype} {new.shape} where {old.dtype} {old.shape} belongs")
+        devices = [leaf.sharding for leaf in leaves]
+        return jax.tree.unflatten(structure, jax.device_put(content, devices))
+    return content
+
+
+def _restore_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
+    """The settings stay the run's own: the file's may be of another device. So does the moments' layout."""
+    import torch
+
+    own_settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": _to_tensors(content["state"]), "param_groups": own_settings})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _to_tensors(tree: Any) -> Any:
+    """Nested dicts and lists with each array as a tensor."""
+    import torch
+
+    if isinstance(tree, dict):
+        return {key: _to_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_to_tensors(value) for value in tree]
+    return torch.tensor(tree) if isinstance(tree, np.ndarray) else tree
+
+
+def read_numbers(values: list[Any]) -> list[float]:
+    """Numbers, and arrays of one number on a device, as floats: in one read for all of a framework."""
+    numbers = dict(enumerate(values))
+    if torch := sys.modules.get("torch"):
+        tensors = {index: value for index, value in numbers.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            numbers |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
+    if jax := sys.modules.get("jax"):
+        numbers |= jax.device_get({index: v for index, v in numbers.items() if isinstance(v, jax.Array)})
+    return [float(number) for number in numbers.values()]
