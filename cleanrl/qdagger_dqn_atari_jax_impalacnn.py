@@ -185,7 +185,7 @@ class MaxAndSkip(gym.Wrapper):
 
 
 class EpisodicLife(gym.Wrapper):
-    """A lost life ends the episode for the learner while the game goes on."""
+    """A lost life ends the episode for the learner while the game continues."""
 
     lives = 0
     game_over = True
@@ -204,7 +204,7 @@ class EpisodicLife(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self.unwrapped.ale.lives()
-        # 0 lives without a game over is no end yet: some games show it for a few frames before they are over.
+        # 0 lives without a game over is not the end yet: some games show it for a few frames before that.
         terminated = terminated or 0 < lives < self.lives
         self.lives = lives
         return observation, reward, terminated, truncated, info

@@ -1,9 +1,9 @@
-"""Run folders on the way between machines: whole, small, and never less than what had arrived."""
+"""Run folders sent between machines: complete, in small pieces, and never worse than what had arrived."""
 
 import itertools
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,31 @@ import pytest
 
 from cleanrl.utils.benchmark import copies as benchmark_copies
 from cleanrl.utils.benchmark.copies import FolderSender, Home, SupersededError
-from cleanrl.utils.run.checkpoint import Run, manifests, newest_checkpoint
+from cleanrl.utils.run.checkpoint import CheckpointWriter, cut_events, newest_checkpoint
+from cleanrl.utils.run.folders import manifests
 
 NAME = "Pong__test__1"
 
 
-@dataclass
-class Args:
-    env_id: str = "Pong"
-    exp_name: str = "test"
-    seed: int = 1
-    checkpoint_interval: float = 1.0
-    resume: str | None = None
+class Run:
+    """A run in the current folder: its checkpoints, of increasing numbers, and its curve."""
+
+    def __init__(self, resume: str | None = None):
+        self.folder = Path("runs") / (resume or f"{NAME}__7")
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.folder / "checkpoints" / "lock").touch()
+        resumed = newest_checkpoint(self.folder) if resume else None
+        if resumed:
+            cut_events(self.folder, resumed)
+        self.resumed_number = resumed.read_state()["number"] if resumed else None
+        self.checkpoints = CheckpointWriter(self.folder, resumed)
+
+    def save(self, number: int) -> None:
+        """Saves a checkpoint, and before it a piece of the curve."""
+        with (self.folder / "events.out.tfevents.1").open("ab") as file:
+            file.write(b"%04d" % number)
+        noise = np.random.default_rng(number).bytes(5000)
+        self.checkpoints.save("test", {}, {"number": number, "noise": noise}, {})
 
 
 class DeadMachineError(Exception):
@@ -31,10 +44,10 @@ class DeadMachineError(Exception):
 
 
 class Machine:
-    """One that works on a run, in a folder of its own, and dies before its call number `lives_until`."""
+    """Works on a run in its own folder; runs `before_call` with each call's method, and may die in it."""
 
-    def __init__(self, folder: Path, home: Home, lives_until: int | None = None):
-        self.folder, self.home, self.lives_until = folder, home, lives_until
+    def __init__(self, folder: Path, home: Home, before_call: Callable[[str], Any] = lambda method: None):
+        self.folder, self.home, self.before_call = folder, home, before_call
         (folder / "runs").mkdir(parents=True)
         self.calls: list[tuple] = []
         self.beginning = home.begin(NAME, folder.name)
@@ -42,8 +55,7 @@ class Machine:
         self.sender.fetch(self.beginning.files)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        if len(self.calls) == self.lives_until:
-            raise DeadMachineError
+        self.before_call(method)
         self.calls.append((method, *arguments))
         return getattr(self.home, method)(NAME, self.beginning.attempt, *arguments)
 
@@ -67,15 +79,7 @@ def machine(tmp_path, home, monkeypatch):
 
 @pytest.fixture
 def run(machine):
-    with Run(Args(), "test") as run:
-        yield run
-
-
-def save(run: Run, number: int) -> None:
-    """A checkpoint, and a piece of a curve that was there before it."""
-    with (run.folder / "events.out.tfevents.1").open("ab") as file:
-        file.write(b"%04d" % number)
-    run.save({"number": number, "noise": np.random.default_rng(number).bytes(5000)}, "none", None)
+    return Run()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,18 +98,18 @@ def test_the_copy_is_the_folder(home, machine, run):
     (run.folder / "videos").mkdir()
     (run.folder / "videos" / "1.mp4").write_bytes(b"film")
     for number in range(5):
-        save(run, number)
+        run.save(number)
         machine.send(run)
         assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-def test_what_has_not_changed_does_not_travel_and_curves_travel_as_they_grow(machine, run):
-    save(run, 1)
+def test_only_changes_are_sent_and_of_curves_only_what_is_new(machine, run):
+    run.save(1)
     machine.send(run)
     before = len(machine.calls)
     machine.send(run)
     assert [call[0] for call in machine.calls[before:]] == ["report"]
-    save(run, 2)
+    run.save(2)
     before = len(machine.calls)
     machine.send(run)
     _, *calls = machine.calls[before:]
@@ -116,9 +120,9 @@ def test_what_has_not_changed_does_not_travel_and_curves_travel_as_they_grow(mac
     ]  # fmt: skip
 
 
-def test_no_piece_is_larger_than_it_may_be(home, machine, run, monkeypatch):
+def test_no_piece_is_too_large(home, machine, run, monkeypatch):
     monkeypatch.setattr(benchmark_copies, "PIECE_BYTES", 1000)
-    save(run, 1)
+    run.save(1)
     machine.send(run)
     with (run.folder / "events.out.tfevents.1").open("ab") as file:
         file.write(bytes(range(250)) * 9)
@@ -129,84 +133,88 @@ def test_no_piece_is_larger_than_it_may_be(home, machine, run, monkeypatch):
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-def test_whenever_the_machine_dies_its_newest_checkpoint_that_arrived_is_whole(tmp_path, monkeypatch):
-    """Also where two checkpoints were made between two calls, so that all that was sent before is gone."""
+@pytest.mark.slow
+def test_whenever_the_machine_dies_the_newest_checkpoint_that_arrived_is_complete(tmp_path, monkeypatch):
+    """Even if two checkpoints were saved between two calls, so that everything sent before is gone."""
     monkeypatch.setattr(benchmark_copies, "PIECE_BYTES", 3000)
-    numbers = []
-    for lives_until in itertools.count():
-        folder = tmp_path / str(lives_until)
-        home = Home(folder / "home", {NAME: folder / "log"}, {NAME: None})
+    numbers, is_dead = [], True
+    for num_calls in itertools.count():
+        calls = iter(range(num_calls))
+
+        def die_after_calls(method: str) -> None:
+            if next(calls, None) is None:
+                raise DeadMachineError
+
+        folder = tmp_path / str(num_calls)
         (folder / "home").mkdir(parents=True)
-        machine = Machine(folder / "machine", home, lives_until)
+        home = Home(folder / "home", {NAME: folder / "log"}, {NAME: None})
+        machine = Machine(folder / "machine", home, die_after_calls)
         monkeypatch.chdir(machine.folder)
-        is_dead = False
-        with Run(Args(), "test") as run:
-            try:
-                for number in range(7):
-                    save(run, number)
-                    if number % 3 == 0:
-                        machine.send(run)
-            except DeadMachineError:
-                is_dead = True
-            copy = home_folder(home, run)
-        monkeypatch.chdir(folder)
+        run = Run()
+        try:
+            for number in range(7):
+                run.save(number)
+                if number % 3 == 0:
+                    machine.send(run)
+            is_dead = False
+        except DeadMachineError:
+            pass
+        copy = home_folder(home, run)
         shutil.rmtree(machine.folder)
         if not manifests(copy):
             assert not numbers
             continue
         saved = newest_checkpoint(copy)
-        assert saved.name == manifests(copy)[0].name  # none that is newer and not whole
+        assert saved.name == manifests(copy)[0].name  # no newer one that is incomplete
         numbers.append(saved.read_state()["number"])
         assert (copy / "events.out.tfevents.1").stat().st_size >= saved.event_files["events.out.tfevents.1"]
         if not is_dead:
             break
-        other = Machine(folder / "other", home)  # goes on with it
+        other = Machine(folder / "other", home)  # resumes the run
         monkeypatch.chdir(other.folder)
-        assert other.beginning.folder == copy.name
-        with Run(Args(resume=f"runs/{copy.name}"), "test") as run:
-            assert run.resumed.read_state()["number"] == numbers[-1]
-            save(run, 100)
-            other.send(run)
+        run = Run(resume=other.beginning.folder)
+        assert run.resumed_number == numbers[-1]
+        run.save(100)
+        other.send(run)
         assert contents(copy) == contents(run.folder)
     assert numbers == sorted(numbers)
     assert set(numbers) == {0, 2, 3, 5, 6}
 
 
-def test_a_checkpoint_that_goes_while_it_is_sent_is_left_out(home, machine, run, monkeypatch):
-    save(run, 1)
+def test_a_checkpoint_that_is_removed_while_it_is_sent_is_left_out(home, machine, run):
+    run.save(1)
     machine.send(run)
-    save(run, 2)
-    send_whole = FolderSender._send_whole
+    run.save(2)
 
-    def later(self, path: Path) -> None:
-        monkeypatch.setattr(FolderSender, "_send_whole", send_whole)
-        for number in (3, 4, 5):
-            save(run, number)
-        send_whole(self, path)
+    def replace_checkpoints(method: str) -> None:
+        if method == "append":  # to the curve, before the checkpoint's files
+            machine.before_call = lambda method: None
+            for number in (3, 4, 5):
+                run.save(number)
 
-    monkeypatch.setattr(FolderSender, "_send_whole", later)
+    machine.before_call = replace_checkpoints
     machine.send(run)
     assert newest_checkpoint(home_folder(home, run)).read_state()["number"] == 1
     machine.send(run)
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-def test_the_newest_that_has_arrived_stays_while_it_is_being_removed_elsewhere(home, machine, run):
-    save(run, 1)
+def test_the_newest_that_arrived_stays_until_a_newer_one_arrives(home, machine, run):
+    run.save(1)
     machine.send(run)
     before = contents(home.runs)
     (run.folder / "checkpoints" / "state-000001.zst").unlink()
     machine.send(run)
     assert contents(home.runs) == before
     for number in (2, 3, 4):
-        save(run, number)
+        run.save(number)
     machine.send(run)
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-def test_what_is_cut_off_a_curve_goes_here_too(home, machine, run):
-    save(run, 1)
-    (run.folder / "events.out.tfevents.2").write_bytes(b"of an attempt that was cut short")
+def test_what_is_removed_from_a_curve_is_removed_at_home(home, machine, run):
+    run.save(1)
+    (run.folder / "events.out.tfevents.2").write_bytes(b"of an attempt that died")
     machine.send(run)
     os.truncate(run.folder / "events.out.tfevents.1", 2)
     (run.folder / "events.out.tfevents.2").unlink()
@@ -214,12 +222,12 @@ def test_what_is_cut_off_a_curve_goes_here_too(home, machine, run):
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-def test_a_finished_run_comes_whole_or_is_not_finished(home, machine, run):
-    save(run, 1)
+def test_a_finished_run_is_complete_or_not_finished(home, machine, run):
+    run.save(1)
     machine.send(run)
     model = run.folder / "test.cleanrl_model"
     model.write_bytes(b"weights")
-    run.finish()
+    run.checkpoints.remove_all()
     machine.send(run)
     copy = home_folder(home, run)
     assert (copy / "checkpoints").exists()
@@ -231,26 +239,26 @@ def test_a_finished_run_comes_whole_or_is_not_finished(home, machine, run):
     assert home.begin(NAME, "other").over == "done"
 
 
-def test_a_machine_that_was_thought_dead_has_nothing_to_say(home, machine, run, tmp_path):
-    save(run, 1)
+def test_a_machine_wrongly_considered_dead_is_refused(home, machine, run, tmp_path):
+    run.save(1)
     machine.send(run)
     before = contents(home.runs)
     Machine(tmp_path / "other", home)
-    save(run, 2)
+    run.save(2)
     for speak in (
         lambda: machine.call("report", run.folder.name, b"line\n"),
         lambda: machine.sender.send(machine.folder / run.folder),
         lambda: machine.call("remove", f"{run.folder.name}/events.out.tfevents.1"),
         lambda: machine.call("finish", {}),
     ):
-        with pytest.raises(SupersededError, match="Pong__test__1 is at work on other by now"):
+        with pytest.raises(SupersededError, match="Pong__test__1 is now running on other"):
             speak()
     assert contents(home.runs) == before
     assert home.logs[NAME].read_bytes() == b""
 
 
-def test_half_a_file_is_not_gone_on_with(home, machine, run, tmp_path):
-    save(run, 1)
+def test_half_a_file_is_not_used(home, machine, run, tmp_path):
+    run.save(1)
     machine.send(run)
     name = f"{run.folder.name}/checkpoints/state-000002.zst"
     machine.call("write", name, 0, b"half", False)
@@ -260,15 +268,15 @@ def test_half_a_file_is_not_gone_on_with(home, machine, run, tmp_path):
     assert not list(home.runs.rglob("*.partial"))
 
 
-def test_without_a_checkpoint_a_run_begins_anew(home, machine, run, tmp_path):
+def test_without_a_checkpoint_a_run_starts_again(home, machine, run, tmp_path):
     machine.send(run)
     assert not manifests(home_folder(home, run))
-    assert (home_folder(home, run) / "checkpoints").exists()  # or it would be taken for finished
+    assert (home_folder(home, run) / "checkpoints").exists()  # or it would look finished
     other = Machine(tmp_path / "other", home)
     assert (other.beginning.folder, other.beginning.files) == (None, ())
 
 
-def test_what_is_asked_to_stop_does_not_begin(home, machine):
+def test_nothing_starts_while_stopping(home, machine):
     assert machine.call("report", None, b"1\n") is False
     home.stop()
     assert machine.call("report", None, b"2\n") is True

@@ -16,7 +16,7 @@ class Bounds(NamedTuple):
         return is_enough and value <= self.most and not math.isinf(value)
 
     def __str__(self) -> str:
-        """As it goes on after "must be"."""
+        """What follows "must be"."""
         if self.most < math.inf:
             return f"between {self.least} and {self.most}"
         return f"at least {self.least}" if self.includes_least else f"above {self.least}"

@@ -1,4 +1,4 @@
-"""Plays whole games with a policy and reports their returns. Knows no framework and no algorithm."""
+"""Plays whole games with a policy and returns what they scored. Knows no framework and no algorithm."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,8 +25,8 @@ def evaluate(
 ) -> list[float]:
     """Plays `episodes` whole games side by side and returns their unclipped returns.
 
-    Which games count is settled before they start (copy k of n plays games k, k + n, …), so that short games
-    are not favoured. The same seed gives the same games.
+    Which games count is decided before they start (environment k of n plays games k, k + n, …), so that short
+    games are not favoured. The same seed gives the same games.
 
     Args:
         make_env: makes an environment; takes the keywords `max_game_frames` and `video_folder`, and reports a
@@ -34,21 +34,19 @@ def evaluate(
         q_values: from observations (n, *observation_shape) to Q-values (n, actions); n varies.
         seed: of the environments and of the exploration.
         epsilon: the probability of a random action.
-        max_game_frames: a game is cut off after this many emulator frames and counts with its return so far.
-        video_folder: where the first copy records its games as mp4 files; None: nowhere.
-        before_step: is called before each step; what it raises ends the games.
+        max_game_frames: a game ends after this many emulator frames and counts with its return so far.
+        video_folder: where the first game is recorded as an mp4 file; None: nowhere.
+        before_step: called before each step; what it raises ends the games.
 
     Raises:
         WorkerError: an environment worker failed.
     """
     num_envs = min(episodes, MAX_PARALLEL_GAMES)
-    games_left = np.array([len(range(copy, episodes, num_envs)) for copy in range(num_envs)])
+    games_left = np.array([len(range(env, episodes, num_envs)) for env in range(num_envs)])
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     rng = np.random.default_rng(seed)
     make_env = partial(make_env, max_game_frames=max_game_frames)
-    env_fns = [
-        partial(make_env, video_folder=video_folder if copy == 0 else None) for copy in range(num_envs)
-    ]
+    env_fns = [partial(make_env, video_folder=video_folder if env == 0 else None) for env in range(num_envs)]
     with ParallelEnvs(env_fns, probe_fn=make_env) as envs:  # the probe must not take the video's place
         observations = envs.reset(seed)
         while games_left.any():

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: a run ends where nothing is half-done, and says with which status."""
+"""SIGINT (Ctrl-C) and SIGTERM: a run stops where nothing is half-done, with the signal's exit status."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was asked to end; `status` is the exit status, 128 plus the signal's number."""
+    """The run was asked to stop; `status` is the exit status, 128 plus the signal's number."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -16,7 +16,7 @@ class Stopped(Exception):
 
 
 def exit_on_ctrl_c() -> None:
-    """From now on Ctrl-C ends the process with a line and no traceback; for while nothing can be lost."""
+    """From now on Ctrl-C ends the process with a line, not a traceback; for while nothing can be lost."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         print("interrupted", file=sys.stderr)

@@ -84,7 +84,7 @@ def _restore(description: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def write_tree(path: Path, tree: Any) -> FileEntry:
-    """Writes a tree compressed, and sees to it that it is on the disk."""
+    """Writes a compressed tree; when this returns, it is on the disk."""
     compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, threads=-1)
     data = compressor.compress(pack(tree))
     write_durably(path, data)
@@ -123,7 +123,7 @@ def read_tree(folder: Path, entry: FileEntry) -> Any:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that is there as a whole or not at all, also after a power failure."""
+    """Writes a file that exists as a whole or not at all, even after a power failure."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:

@@ -137,7 +137,7 @@ def count_actions(env_id: str) -> int:
     """The number of actions of an Atari game.
 
     Raises:
-        SystemExit: with one line, if `env_id` is not a {Game}NoFrameskip-v4 with discrete actions.
+        SystemExit: with a one-line error, if `env_id` is not a {Game}NoFrameskip-v4 with discrete actions.
     """
     atari_ids = [name for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
     known_ids = [name for name in atari_ids if name.endswith("NoFrameskip-v4") and "-ram" not in name]
@@ -165,7 +165,7 @@ def random_return(env_id: str, return_normalization: str) -> float:
     """What the distillation coefficient measures returns from: the random player's return, or 0 if "none".
 
     Raises:
-        SystemExit: with one line, if the random player's score in that game is not known.
+        SystemExit: with a one-line error, if the random player's score in that game is unknown.
     """
     if return_normalization == "none":
         return 0.0

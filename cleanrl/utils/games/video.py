@@ -12,8 +12,8 @@ class RecordGame(gym.Wrapper):
     """Writes the first game to `game.mp4` in a folder, every frame of the emulator, at the console's speed.
 
     Each frame goes to the encoder at once: kept until the end, as gymnasium's RecordVideo keeps them, those
-    of the longest game would take 11 GB. A video that cannot be written any more ends there, the game does
-    not.
+    of the longest game would take 11 GB. If it cannot be written, the video ends
+    early; the game does not.
     """
 
     def __init__(self, env: gym.Env, folder: Path):

@@ -210,7 +210,7 @@ class CheckpointWriter:
         oldest, heads = held_positions(replay)
         first, files = oldest, []
         if before := self._replays.get(name):
-            # What follows an observation is known only once it is not the newest any more: that row again.
+            # The newest row of last time had no action yet: it is written again.
             first = np.maximum(oldest, before.heads)
             files = [file for file in before.files if (np.array(file.last) >= oldest).any()]
             if (heads == before.heads).all():

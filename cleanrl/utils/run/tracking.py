@@ -8,10 +8,10 @@ INIT_TIMEOUT_S = 60.0
 
 
 def check_tracking() -> None:
-    """Sees to it that a run can be tracked, without asking anything: a job has nobody who could answer.
+    """Ensures that a run can be tracked, without asking anything: a job has nobody who could answer.
 
     Raises:
-        SystemExit: with one line, if wandb is not installed, or nobody is logged in and it is not offline.
+        SystemExit: with a one-line error, if wandb is not installed, or is online and nobody is logged in.
     """
     try:
         import wandb
@@ -29,12 +29,12 @@ def check_tracking() -> None:
 def start_tracking(
     run_name: str, project: str, entity: str | None, options: dict[str, Any]
 ) -> Callable[[str, float, int], None]:
-    """Starts a Weights & Biases run, or goes on with the one of that name.
+    """Starts a Weights & Biases run, or resumes the one of that name.
 
     Returns the function that logs a point: tag, value, step.
 
     Raises:
-        SystemExit: with one line, if Weights & Biases cannot be reached or refuses the run.
+        SystemExit: with a one-line error, if Weights & Biases cannot be reached or refuses the run.
     """
     import wandb
 
