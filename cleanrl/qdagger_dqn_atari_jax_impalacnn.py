@@ -141,6 +141,7 @@ class Args(RunOptions):
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
 
 
+
 # ------------------------------------------------------------------------------------------- environment
 
 
@@ -273,6 +274,7 @@ def make_env(
     return FrameStack(env)
 
 
+
 # ---------------------------------------------------------------------------------------------- networks
 
 
@@ -356,6 +358,7 @@ class QFunction:
         return self.network.apply(self.params, observations)
 
 
+
 # ----------------------------------------------------------------------------------------------- teacher
 
 
@@ -374,6 +377,7 @@ def load_teacher(args: Args, num_actions: int, device: jax.Device) -> QFunction:
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     weights = fit_weights(read_weights(path), like=flatten(shapes), source=str(path))
     return QFunction(jax.device_put(unflatten(weights), device), network)
+
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -428,6 +432,7 @@ def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
         return linear_schedule(args.start_e, args.end_e, args.exploration_steps, online_steps)
     duration = args.exploration_fraction * args.total_timesteps
     return linear_schedule(args.start_e, args.end_e, duration, args.offline_steps + np.asarray(online_steps))
+
 
 
 # ---------------------------------------------------------------------------------------------- learning

@@ -1,8 +1,10 @@
-"""The two training scripts behind one face, so that a test of one is a test of the other."""
+"""The four scripts as modules, what differs between PyTorch and JAX, and networks that take no time."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flax.linen
@@ -12,26 +14,121 @@ import numpy as np
 import pytest
 import torch
 from flax.serialization import msgpack_restore
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import cleanrl.qdagger_dqn_atari_impalacnn as torch_module
-import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_module
-from cleanrl.utils.games.parallel_envs import StepResult
-from cleanrl.utils.weights.files import flatten, to_torch, unflatten
-
-LOSSES = ("loss", "td_loss", "distill_loss", "q_values")
-
-
-def no_checkpoint(envs: Any = None) -> None:
-    pass
-
+import cleanrl.dqn_atari as DQN_TORCH
+import cleanrl.dqn_atari_jax as DQN_JAX
+import cleanrl.qdagger_dqn_atari_impalacnn as TORCH
+import cleanrl.qdagger_dqn_atari_jax_impalacnn as JAX
+from cleanrl.utils.replay.ring import Batch
+from cleanrl.utils.weights.layouts import flatten, unflatten
 
 Weights = dict[str, np.ndarray]
 
+SCRIPTS = (TORCH, JAX, DQN_TORCH, DQN_JAX)
+ROOT = Path(__file__).resolve().parents[1]
+NUM_ACTIONS = 6
+PONG_TEACHER = ROOT / "cleanrl" / "teachers" / "PongNoFrameskip-v4.safetensors"
 
-class TorchScalar(torch.nn.Module):
-    """A student that is one number, its Q-value of everything: what was learned when can be read off it."""
 
-    def __init__(self, num_actions: int, dense_width: int):
+def uses_torch(script: ModuleType) -> bool:
+    return script in (TORCH, DQN_TORCH)
+
+
+def is_qdagger(script: ModuleType) -> bool:
+    return script in (TORCH, JAX)
+
+
+def name_of(script: ModuleType) -> str:
+    return script.__name__.rpartition(".")[2]
+
+
+def device_of(script: ModuleType) -> Any:
+    return torch.device("cpu") if uses_torch(script) else jax.devices("cpu")[0]
+
+
+def create_state(script: ModuleType, args: Any) -> Any:
+    return script.create_train_state(args, NUM_ACTIONS, device_of(script))
+
+
+def trained_field(state: Any) -> str:
+    return "student" if hasattr(state, "student") else "q_network"
+
+
+def network(state: Any, role: str = "trained") -> Any:
+    """The "trained" network of a state, or its "target" network."""
+    field = "target_network" if role == "target" else trained_field(state)
+    return getattr(getattr(state, "learner", state), field)
+
+
+def weights(network: Any) -> Weights:
+    """A copy of a network's parameters, under the framework's own names."""
+    if isinstance(network, torch.nn.Module):
+        return {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    return {name: np.array(array) for name, array in flatten(network.params).items()}
+
+
+def set_weights(state: Any, new_weights: Weights, role: str = "trained") -> None:
+    """Sets those of the "trained" network of a state, or of its "target" network."""
+    if not hasattr(state, "learner"):
+        tensors = {name: torch.tensor(array) for name, array in new_weights.items()}
+        network(state, role).load_state_dict(tensors)
+        return
+    params = jax.device_put(unflatten(new_weights), state.device)
+    field = "target_network" if role == "target" else trained_field(state)
+    state.learner = state.learner.replace(**{field: network(state, role).replace(params=params)})
+
+
+def read_model(script: ModuleType, path: Path) -> Weights:
+    """A saved network's parameters, as the framework itself reads them."""
+    if uses_torch(script):
+        return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+    return flatten(msgpack_restore(path.read_bytes()))
+
+
+def read_curves(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Each curve's (step, value) by its tag, as TensorBoard reads them."""
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def start_python(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen:
+    """Starts Python in a folder, in a process group of its own; `settings` are environment variables."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
+    )  # fmt: skip
+
+
+def run_python(folder: Path, *arguments: str, **settings: str) -> tuple[int, str, str]:
+    """Its exit status, output and errors."""
+    process = start_python(folder, *arguments, **settings)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def learn(
+    script: ModuleType, args: Any, state: Any, batches: list[Batch], distill_coeffs: list[float] | None = None
+) -> dict[str, float]:
+    """A gradient step on each batch, of NumPy's arrays; the last one's losses."""
+    columns = [np.stack(column) if column[0] is not None else None for column in zip(*batches, strict=True)]
+    replay = SimpleNamespace(sample=lambda batch_size, rng, num_batches: Batch(*columns))
+    if is_qdagger(script):
+        losses = script.learn(args, state, replay, distill_coeffs or [1.0] * len(batches))
+    else:
+        state.replay = replay
+        losses = script.learn(args, state, len(batches))
+    return {name: float(value) for name, value in losses.items()}
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class TorchNumber(torch.nn.Module):
+    """It is one number, its Q-value of everything: what was learned when can be read off it."""
+
+    def __init__(self, num_actions: int, dense_width: int = 0):
         super().__init__()
         self.num_actions = num_actions
         self.number = torch.nn.Parameter(torch.ones(1))
@@ -40,18 +137,9 @@ class TorchScalar(torch.nn.Module):
         return self.number + torch.zeros(len(observations), self.num_actions)  # no view of what will change
 
 
-class TorchConstant(torch.nn.Module):
-    def __init__(self, q_values: list[float]):
-        super().__init__()
-        self.q_values = torch.tensor(q_values)
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.q_values.expand(len(observations), -1)
-
-
-class JaxScalar(flax.linen.Module):
+class JaxNumber(flax.linen.Module):
     num_actions: int
-    dense_width: int
+    dense_width: int = 0
 
     @flax.linen.compact
     def __call__(self, observations: jax.Array) -> jax.Array:
@@ -59,178 +147,77 @@ class JaxScalar(flax.linen.Module):
         return jnp.broadcast_to(number, (len(observations), self.num_actions))
 
 
-class JaxConstant(flax.linen.Module):
-    q_values: tuple[float, ...]
+def pixels(observations: Any) -> Any:
+    """Some pixels of every frame, (batch, 196) between 0 and 1."""
+    return observations[:, :, ::12, ::12].reshape(len(observations), -1) / 255.0
 
+
+class TorchLinear(torch.nn.Module):
+    def __init__(self, num_actions: int, dense_width: int = 0):
+        super().__init__()
+        self.linear = torch.nn.Linear(196, num_actions)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.linear(pixels(observations))
+
+
+class JaxLinear(flax.linen.Module):
+    num_actions: int
+    dense_width: int = 0
+
+    @flax.linen.compact
     def __call__(self, observations: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jnp.array(self.q_values), (len(observations), len(self.q_values)))
+        return flax.linen.Dense(self.num_actions)(pixels(observations))
 
 
-class TorchScript:
-    module: ModuleType = torch_module
-    path = Path(torch_module.__file__)
-    Scalar = TorchScalar
-    other_frameworks = ("jax", "jaxlib", "flax", "optax")
-    gradient_step = "update"  # the name of the function that Ctrl-C must not leave half-done
-
-    def read_student(self, path: Path) -> Weights:
-        return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
-
-    def create_state(self, args: Any) -> Any:
-        return self.module.create_train_state(args, 6, torch.device("cpu"))
-
-    def weights(self, state: Any, name: str = "student") -> Weights:
-        """The student's or the target network's, in the script's own names; a copy."""
-        network = getattr(state, name)
-        return {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
-
-    def teacher_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(w.shape) for name, w in self.module.TeacherNetwork(6).state_dict().items()}
-
-    def set_weights(self, state: Any, name: str, weights: Weights) -> None:
-        getattr(state, name).load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
-
-    def to_torch(self, weights: Weights) -> Weights:
-        return weights
-
-    def constant_teacher(self, q_values: list[float]) -> TorchConstant:
-        return TorchConstant(q_values)
-
-    def create_replay(self, capacity: int, num_envs: int, n_step: int = 1, gamma: float = 0.99) -> Any:
-        return self.module.ReplayBuffer(capacity, num_envs, 6, n_step, gamma, torch.device("cpu"))
-
-    def start(self, replay: Any, observations: np.ndarray) -> Any:
-        replay.start(observations)
-        return replay
-
-    def add(self, replay: Any, actions: np.ndarray, step: StepResult, teacher_q_values: np.ndarray) -> Any:
-        replay.add(actions, step, teacher_q_values)
-        return replay
-
-    def batch(self, replay: Any, slots: np.ndarray) -> Any:
-        return replay.gather(torch.from_numpy(slots))
-
-    def update(self, state: Any, batch: Any, distill_coeff: float, args: Any) -> dict[str, float]:
-        losses = self.module.update(args, state, batch, distill_coeff)
-        return {name: value.item() for name, value in losses.items()}
-
-    def move_target(self, state: Any, batch: Any, tau: float, args: Any) -> None:
-        self.module.update_target_network(state, tau)
-
-    def distill_loss(self, state: Any, batch: Any, temperature: float) -> float:
-        with torch.no_grad():
-            q_values = state.student(batch.observations)
-            return self.module.distill_loss(q_values, batch.teacher_q_values, temperature).item()
-
-    def explore(self, epsilon: np.ndarray, q_values: np.ndarray) -> np.ndarray:
-        return self.module.explore(np.random.default_rng(0), epsilon, q_values)
-
-    def record_epsilon(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        """The list to which every ε that is acted on will be appended."""
-        recorded, explore = [], self.module.explore
-
-        def recording_explore(rng, epsilon, q_values):
-            recorded.extend(np.broadcast_to(epsilon, len(q_values)))
-            return explore(rng, epsilon, q_values)
-
-        monkeypatch.setattr(self.module, "explore", recording_explore)
-        return recorded
-
-    def stub_losses(self, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
-        """Replaces the gradient steps of the offline phase; `loss` gives the loss of each."""
-
-        def update(args, state, batch, distill_coeff):
-            return dict.fromkeys(LOSSES, torch.tensor(loss(state.offline_step + 1)))
-
-        monkeypatch.setattr(self.module, "update", update)
+def use_network(monkeypatch: pytest.MonkeyPatch, script: ModuleType, kind: str) -> None:
+    """Has a script train a network that is one "number", or a "linear" one."""
+    networks = {"number": (JaxNumber, TorchNumber), "linear": (JaxLinear, TorchLinear)}
+    name = "StudentNetwork" if is_qdagger(script) else "QNetwork"
+    monkeypatch.setattr(script, name, networks[kind][uses_torch(script)])
 
 
-class JaxScript:
-    module: ModuleType = jax_module
-    path = Path(jax_module.__file__)
-    Scalar = JaxScalar
-    other_frameworks = ("torch",)
-    gradient_step = "sample_and_update"
-
-    @property
-    def device(self) -> jax.Device:
-        return jax.devices("cpu")[0]
-
-    def read_student(self, path: Path) -> Weights:
-        return flatten(msgpack_restore(path.read_bytes()))
-
-    def create_state(self, args: Any) -> Any:
-        return self.module.create_train_state(args, 6, self.device)
-
-    def weights(self, state: Any, name: str = "student") -> Weights:
-        params = flatten(getattr(state.learner, name).params)
-        return {name: np.array(array) for name, array in params.items()}
-
-    def teacher_shapes(self) -> dict[str, tuple[int, ...]]:
-        network, observations = self.module.TeacherNetwork(6), jnp.zeros((1, 4, 84, 84), jnp.uint8)
-        params = jax.eval_shape(network.init, jax.random.key(0), observations)
-        return {name: array.shape for name, array in flatten(params).items()}
-
-    def set_weights(self, state: Any, name: str, weights: Weights) -> None:
-        function = getattr(state.learner, name)
-        params = jax.device_put(unflatten(weights), self.device)
-        state.learner = state.learner.replace(**{name: function.replace(params=params)})
-
-    def to_torch(self, weights: Weights) -> Weights:
-        return to_torch(weights)
-
-    def constant_teacher(self, q_values: list[float]) -> Any:
-        return self.module.QFunction({}, JaxConstant(tuple(q_values)))
-
-    def create_replay(self, capacity: int, num_envs: int, n_step: int = 1, gamma: float = 0.99) -> Any:
-        return self.module.ReplayBuffer.create(capacity, num_envs, 6, n_step, gamma, self.device)
-
-    def start(self, replay: Any, observations: np.ndarray) -> Any:
-        return replay.start(observations)
-
-    def add(self, replay: Any, actions: np.ndarray, step: StepResult, teacher_q_values: np.ndarray) -> Any:
-        return replay.add(actions, step, teacher_q_values)
-
-    def batch(self, replay: Any, slots: np.ndarray) -> Any:
-        return replay.gather(jnp.asarray(slots))
-
-    def update(
-        self, state: Any, batch: Any, distill_coeff: float, args: Any, target_share: float = 0.0
-    ) -> dict[str, float]:
-        learning_rate = self.module.learning_rate(args, distill_coeff)
-        schedule = self.module.Schedule(*np.float32([distill_coeff, learning_rate, target_share]))
-        settings = self.module.Settings.of(args)
-        state.learner, losses = self.module.update_alone(state.learner, batch, schedule, settings)
-        return {name: float(value) for name, value in losses.items()}
-
-    def move_target(self, state: Any, batch: Any, tau: float, args: Any) -> None:
-        student = self.weights(state)
-        self.update(state, batch, 0.0, args, target_share=tau)  # the two are one step here
-        self.set_weights(state, "student", student)
-
-    def distill_loss(self, state: Any, batch: Any, temperature: float) -> float:
-        q_values = self.module.forward(state.learner.student, batch.observations)
-        return float(self.module.distill_loss(q_values, batch.teacher_q_values, temperature))
-
-    def explore(self, epsilon: np.ndarray, q_values: np.ndarray) -> np.ndarray:
-        return np.asarray(self.module.explore(jax.random.key(0), epsilon, jnp.asarray(q_values)))
-
-    def record_epsilon(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        recorded, act = [], self.module.act
-
-        def recording_act(q_function, observations, epsilon, key):
-            recorded.extend(np.broadcast_to(epsilon, len(observations)))
-            return act(q_function, observations, epsilon, key)
-
-        monkeypatch.setattr(self.module, "act", recording_act)
-        return recorded
-
-    def stub_losses(self, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
-        def learn(args, state, distill_coeffs, target_shares):
-            steps = state.offline_step + 1 + np.arange(len(distill_coeffs))
-            return dict.fromkeys(LOSSES, np.array([loss(step) for step in steps]))
-
-        monkeypatch.setattr(self.module, "learn", learn)
+def linear_weights(script: ModuleType, kernel: np.ndarray, bias: np.ndarray) -> Weights:
+    """Those of the linear network from a matrix (196, num_actions), under the framework's names."""
+    if uses_torch(script):
+        return {"linear.weight": np.ascontiguousarray(kernel.T), "linear.bias": bias}
+    return {"params/Dense_0/kernel": kernel, "params/Dense_0/bias": bias}
 
 
-TORCH, JAX = TorchScript(), JaxScript()
+def linear_network(script: ModuleType, kernel: np.ndarray, bias: np.ndarray) -> Any:
+    """The same as a teacher."""
+    own = linear_weights(script, kernel, bias)
+    if not uses_torch(script):
+        return script.QFunction(unflatten(own), JaxLinear(len(bias)))
+    network = TorchLinear(len(bias)).requires_grad_(False)
+    network.load_state_dict({name: torch.tensor(array) for name, array in own.items()})
+    return network
+
+
+def published_shapes(
+    script: ModuleType, num_actions: int, dense_width: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a teacher, or with a `dense_width` of a student."""
+    layers = [  # torch's name of each, flax's name, and flax's shape of the kernel
+        ("network.0", "Conv_0", (8, 8, 4, 32)),
+        ("network.2", "Conv_1", (4, 4, 32, 64)),
+        ("network.4", "Conv_2", (3, 3, 64, 64)),
+        ("network.7", "Dense_0", (3136, 512)),
+        ("network.9", "Dense_1", (512, num_actions)),
+    ]
+    if dense_width:
+        layers = [("network.5", "Dense_0", (3872, dense_width))]
+        layers += [("network.7", "Dense_1", (dense_width, num_actions))]
+        for i, (inputs, outputs) in enumerate([(4, 16), (16, 32), (32, 32)]):
+            layers += [(f"network.{i}.conv", f"ConvSequence_{i}/Conv_0", (3, 3, inputs, outputs))]
+            for j, k in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+                in_flax = f"ConvSequence_{i}/ResidualBlock_{j}/Conv_{k}"
+                layers += [(f"network.{i}.res_block{j}.conv{k}", in_flax, (3, 3, outputs, outputs))]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for in_torch, in_flax, (*size, inputs, outputs) in layers:
+        if uses_torch(script):
+            shapes |= {f"{in_torch}.weight": (outputs, inputs, *size), f"{in_torch}.bias": (outputs,)}
+        else:
+            kernel = (*size, inputs, outputs)
+            shapes |= {f"params/{in_flax}/kernel": kernel, f"params/{in_flax}/bias": (outputs,)}
+    return shapes

@@ -1,7 +1,11 @@
+import importlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +22,58 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+QDAGGER = ["qdagger_dqn_atari_impalacnn", "qdagger_dqn_atari_jax_impalacnn"]
+DQN = ["dqn_atari", "dqn_atari_jax"]
+
+
+@pytest.fixture(params=QDAGGER + DQN)
+def script(request) -> ModuleType:
+    """Each of the four training scripts."""
+    return importlib.import_module(f"cleanrl.{request.param}")
+
+
+@pytest.fixture(params=QDAGGER)
+def qdagger(request) -> ModuleType:
+    return importlib.import_module(f"cleanrl.{request.param}")
+
+
+@pytest.fixture(params=DQN)
+def dqn(request) -> ModuleType:
+    return importlib.import_module(f"cleanrl.{request.param}")
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Runs a script's `main` with a tiny network, in a folder of its own; returns the run's folder.
+
+    The network is one number, the games take no time, and every evaluated one returns `game_return`. With
+    `short_games` a linear network plays real ones, of which those of an evaluation are cut off.
+    """
+    from both_scripts import use_network  # not before the variables above are set
+    from rehearsal import replace_games, shorten_games, tiny_args
+
+    def train_in(
+        script: ModuleType,
+        name: str = "started",
+        short_games: bool = False,
+        game_return: float = 1.0,
+        **options: Any,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            use_network(patch, script, "linear" if short_games else "number")
+            if short_games:
+                shorten_games(patch)
+            else:
+                replace_games(patch, game_return)
+            script.main(tiny_args(script, **options))
+        (run_folder,) = (folder / "runs").iterdir()
+        return run_folder
+
+    return train_in
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,8 @@ from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagg
 from cleanrl.utils.command_line import check_arguments
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub.download import teacher_filename
-from cleanrl.utils.weights.files import read_weights, to_flax, unflatten
+from cleanrl.utils.weights.files import read_weights
+from cleanrl.utils.weights.layouts import to_flax, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -460,7 +461,7 @@ RULES = [
     Rule(r"python cleanrl/\w+\.py\b.*", check_script, run_script),
     Rule(r"python -m cleanrl\.utils\.benchmark\b.*", check_many_runs, run_many_runs),
     Rule(r"python -m cleanrl\.utils\.report\b.*", anything, run_report),
-    Rule(r"python -m cleanrl\.utils\.enjoy\b.*", anything, run_enjoy),
+    Rule(r"python (-m cleanrl\.enjoy|cleanrl/enjoy\.py)\b.*", anything, run_enjoy),
     Rule(r"tensorboard .*", anything, run_tensorboard),
     Rule(r"mkdocs serve", anything, run_mkdocs_serve),
     Rule(r"mkdocs build --strict", anything, run_mkdocs_build),

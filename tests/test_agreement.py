@@ -28,7 +28,8 @@ from torch.nn import functional as F
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl.utils.games.parallel_envs import StepResult
-from cleanrl.utils.weights.files import flatten, read_weights, to_flax, to_torch, unflatten
+from cleanrl.utils.weights.files import read_weights
+from cleanrl.utils.weights.layouts import flatten, to_flax, to_torch, unflatten
 
 ACTIONS = 6
 BATCH = 4

@@ -133,22 +133,25 @@ def test_no_piece_is_too_large(home, machine, run, monkeypatch):
     assert contents(home_folder(home, run)) == contents(run.folder)
 
 
-@pytest.mark.slow
+def dies_after(num_calls: int) -> Callable[[str], None]:
+    calls = iter(range(num_calls))
+
+    def before_call(method: str) -> None:
+        if next(calls, None) is None:
+            raise DeadMachineError
+
+    return before_call
+
+
 def test_whenever_the_machine_dies_the_newest_checkpoint_that_arrived_is_complete(tmp_path, monkeypatch):
     """Even if two checkpoints were saved between two calls, so that everything sent before is gone."""
     monkeypatch.setattr(benchmark_copies, "PIECE_BYTES", 3000)
     numbers, is_dead = [], True
     for num_calls in itertools.count():
-        calls = iter(range(num_calls))
-
-        def die_after_calls(method: str) -> None:
-            if next(calls, None) is None:
-                raise DeadMachineError
-
         folder = tmp_path / str(num_calls)
         (folder / "home").mkdir(parents=True)
         home = Home(folder / "home", {NAME: folder / "log"}, {NAME: None})
-        machine = Machine(folder / "machine", home, die_after_calls)
+        machine = Machine(folder / "machine", home, dies_after(num_calls))
         monkeypatch.chdir(machine.folder)
         run = Run()
         try:

@@ -1,4 +1,4 @@
-"""Many runs on a real Ray cluster of two nodes on this machine, one of which is killed in the middle."""
+"""Many runs on a real Ray cluster of two nodes on this machine, one of which is killed halfway."""
 
 import re
 import shutil
@@ -11,21 +11,23 @@ from typing import Any
 import fake_training
 import psutil
 import pytest
-from many_runs import Benchmark, curve, starts, the_folder
+from many_runs import Benchmark, curve, model, saved_step, starts, the_folder
 
 from cleanrl.utils.games.parallel_envs import available_cores
-from cleanrl.utils.run.checkpoint import manifests, newest_checkpoint
 
-QUICK_TO_NOTICE = {  # that a node is dead
+QUICK_TO_NOTICE = {  # a dead node
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 3,
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ray_folder() -> Iterator[Path]:
-    """For what Ray and the nodes write; short, as it holds the names of sockets."""
+    """For what Ray and the nodes write; its path is short, as sockets are in it."""
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
@@ -37,10 +39,10 @@ def ray_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def cluster(ray_folder) -> Iterator[Any]:
-    """One node with one CPU, which knows nothing of this checkout."""
+    """One node with one CPU, which knows nothing about this checkout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # it listens on 127.0.0.1 alone
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # it listens on 127.0.0.1 only
         patch.delenv("PYTHONPATH", raising=False)
         patch.chdir(ray_folder)
         from ray.cluster_utils import Cluster
@@ -66,13 +68,7 @@ def raylet(node: Any) -> int:
     return node.all_processes["raylet"][0].process.pid
 
 
-def arrived_step(folder: Path, seed: int) -> int:
-    """The step of the newest checkpoint that the driver has of a run; -1 if there is none yet."""
-    run_folder = the_folder(folder, seed)
-    return newest_checkpoint(run_folder).read_state()["step"] if manifests(run_folder) else -1
-
-
-def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(cluster, tmp_path):
+def test_a_run_whose_machine_dies_resumes_elsewhere_from_its_last_checkpoint(cluster, tmp_path):
     second = cluster.add_node(num_cpus=1)
     steps = 120
     options = f"--total-timesteps {steps} --step-s 0.05 --state-bytes 3000000 --checkpoint-interval 0.4"
@@ -82,14 +78,14 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(clu
     nodes = {seed: node_of(starts(tmp_path, seed)[0]["process"]) for seed in (1, 2)}
     assert set(nodes.values()) == {raylet(second), raylet(cluster.head_node)}
     (seed,) = (seed for seed, node in nodes.items() if node == raylet(second))
-    driver.wait_until(lambda: arrived_step(tmp_path, seed) > 10)
+    driver.wait_until(lambda: saved_step(tmp_path, seed) > 10)
     (first,) = starts(tmp_path, seed)
     assert psutil.pid_exists(first["process"])
 
     cluster.remove_node(second, allow_graceful=False)
     driver.wait_until(lambda: not psutil.pid_exists(first["process"]))  # it dies with its machine
     shutil.rmtree(first["where"])  # and so does its disk
-    arrived = arrived_step(tmp_path, seed)
+    arrived = saved_step(tmp_path, seed)
 
     assert driver.end() == 0, driver.output
     first, again = starts(tmp_path, seed)
@@ -101,14 +97,14 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_from_its_last_checkpoint(clu
     assert again["time"] > float((other / "ended").read_text())  # there is one CPU left
     for seed in (1, 2):
         folder = the_folder(tmp_path, seed)
-        assert (folder / "fake_training.cleanrl_model").read_text() == fake_training.result(seed, steps)
+        assert model(tmp_path, seed) == fake_training.result(seed, steps)
         assert curve(folder) == list(range(1, steps + 1))
         assert not (folder / "checkpoints").exists()
     assert "2 done" in driver.output
 
 
 def test_a_run_whose_worker_dies_too_often_has_failed_and_the_next_is_done(cluster, tmp_path):
-    options = "--total-timesteps 30 --step-s 0.05 --slow-seed 1"  # 150 s, if nobody kills it
+    options = "--total-timesteps 30 --step-s 0.05 --slow-seed 1"  # 150 s, unless it is killed
     driver = Benchmark(
         tmp_path, options, "--num-seeds", "2", "--ray-address", cluster.address, "--retries", "0"
     )
@@ -123,17 +119,17 @@ def test_a_run_whose_worker_dies_too_often_has_failed_and_the_next_is_done(clust
     assert starts(tmp_path, 2)[0]["threads"] == "1"
 
 
-def test_what_no_machine_has_is_refused(cluster, tmp_path):
+def test_requests_that_no_machine_meets_are_refused(cluster, tmp_path):
     driver = Benchmark(tmp_path, "", "--ray-address", cluster.address, "--gpus-per-run", "0.25")
     assert driver.end() == 1, driver.output
     assert driver.errors == (
-        "error: --cpus-per-run 1 and --gpus-per-run 0.25: no machine of the cluster has that;"
+        "error: --cpus-per-run 1 and --gpus-per-run 0.25: no machine of the cluster has these;"
         " they have 1 CPUs and 0 GPUs\n"
     )
     assert not the_folder(tmp_path, 1)
 
 
-def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_here(tmp_path):
+def test_a_local_cluster_is_private_and_what_is_stopped_there_resumes_without_it(tmp_path):
     """It listens on this machine only, reports nothing to Ray's makers, and has no dashboard."""
     options = "--total-timesteps 100 --step-s 0.05 --checkpoint-interval 0"  # a checkpoint only when stopped
     on_ray = ["--ray-address", "local", "--cpus-per-run", str(available_cores())]
@@ -154,15 +150,14 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_
     assert all("--disable-frontend" in command for command in commands if "/dashboard.py " in command)
     assert driver.end(signal.SIGINT) == 130, driver.output
     assert "2 runs: 1 stopped, 1 waiting" in driver.output
-    assert not psutil.wait_procs(processes, timeout=60)[1]  # Ray's ends with it, if a little later
-    stopped_at = arrived_step(tmp_path, 1)
+    assert not psutil.wait_procs(processes, timeout=60)[1]  # Ray ends with it, a little later
+    stopped_at = saved_step(tmp_path, 1)
     assert 0 < stopped_at < 100
 
     driver = Benchmark(tmp_path, options, "--num-seeds", "2", "--workers", "2")
     assert driver.end() == 0, driver.output
     assert [start["step"] for start in starts(tmp_path, 1)] == [0, stopped_at]
-    model = the_folder(tmp_path, 1) / "fake_training.cleanrl_model"
-    assert model.read_text() == fake_training.result(1, 100)
+    assert model(tmp_path, 1) == fake_training.result(1, 100)
     assert curve(the_folder(tmp_path, 1)) == list(range(1, 101))
 
 
@@ -170,12 +165,15 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_what_is_stopped_there_goes_on_
     ("address", "fault"),
     [
         ("127.0.0.1:1", "--ray-address 127.0.0.1:1 does not answer"),
-        ("ray://127.0.0.1:1", "is that of Ray's client; start the benchmark on a machine of the cluster"),
+        (
+            "ray://127.0.0.1:1",
+            "an address for Ray Client; start the benchmark on a machine of the cluster",
+        ),
         ("nonsense", "--ray-address nonsense: "),
     ],
 )
-def test_a_cluster_that_cannot_be_used_is_one_line(cluster, address, fault):
-    from cleanrl.utils.benchmark.ray_cluster import (  # not before `cluster` has set what Ray reads
+def test_an_unusable_cluster_is_a_one_line_error(cluster, address, fault):
+    from cleanrl.utils.benchmark.ray_cluster import (  # after `cluster` has set what Ray reads
         ClusterError,
         connect,
     )

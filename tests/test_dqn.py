@@ -27,7 +27,7 @@ from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagg
 from cleanrl.utils.games.parallel_envs import FinishedGame, StepResult, WorkerError
 from cleanrl.utils.replay.rows import open_replay
 from cleanrl.utils.signals import Stopped
-from cleanrl.utils.weights.files import flatten, to_flax, to_torch, unflatten
+from cleanrl.utils.weights.layouts import flatten, to_flax, to_torch, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_ACTIONS = 6

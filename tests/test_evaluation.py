@@ -1,4 +1,4 @@
-"""The evaluation helper on games whose returns are known beforehand, and on Pong."""
+"""Evaluation on games whose returns are known beforehand, and on Pong."""
 
 from functools import partial
 

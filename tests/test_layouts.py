@@ -4,14 +4,16 @@ That converted weights give the same Q-values: test_agreement.py.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import torch
-from both_scripts import JAX, TORCH
 
+import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
+import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl.utils.weights.layouts import check_weights, fit_weights, flatten, to_flax, to_torch, unflatten
 
 ROLES = pytest.mark.parametrize("role", ["teacher", "student"])
@@ -31,13 +33,13 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-def network(script: Any, role: str, num_actions: int) -> Any:
-    return getattr(script.module, f"{role.title()}Network")(num_actions)
+def network(script: ModuleType, role: str, num_actions: int) -> Any:
+    return getattr(script, f"{role.title()}Network")(num_actions)
 
 
 def torch_weights(role: str, num_actions: int = 6) -> Weights:
     torch.manual_seed(1)
-    state_dict = network(TORCH, role, num_actions).state_dict()
+    state_dict = network(torch_script, role, num_actions).state_dict()
     return {name: tensor.numpy().copy() for name, tensor in state_dict.items()}
 
 
@@ -55,7 +57,7 @@ def test_flatten_and_unflatten():
 @ROLES
 def test_flax_names_and_shapes_are_flaxs_own(role):
     observations = np.zeros((1, 4, 84, 84), np.uint8)
-    own = flatten(jax.eval_shape(network(JAX, role, 6).init, jax.random.key(1), observations))
+    own = flatten(jax.eval_shape(network(jax_script, role, 6).init, jax.random.key(1), observations))
     converted = to_flax(torch_weights(role))
     assert {name: array.shape for name, array in converted.items()} == {
         name: array.shape for name, array in own.items()

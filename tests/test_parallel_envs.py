@@ -1,4 +1,4 @@
-"""Environments in worker processes: the same as by hand, whatever happens to the workers or to us."""
+"""Environments in worker processes play what single ones play, and no process outlives the others."""
 
 import multiprocessing
 import os
@@ -15,9 +15,10 @@ import pytest
 
 from cleanrl.utils.games import parallel_envs
 from cleanrl.utils.games.parallel_envs import IDLE, FinishedGame, ParallelEnvs, WorkerError
+from cleanrl.utils.games.statistics import EpisodeStatistics
 
 ROOT = Path(__file__).parent.parent
-GO_ON, TERMINATE, TRUNCATE, DIE, RAISE, HANG = range(6)
+CONTINUE, TERMINATE, TRUNCATE, DIE, RAISE, HANG = range(6)
 
 
 class TinyEnv(gym.Env):
@@ -60,9 +61,8 @@ class BrokenInWorkers(TinyEnv):
 
 
 def make_pong() -> gym.Env:
-    from cleanrl.qdagger_dqn_atari_impalacnn import make_env  # only here, as it is slow
-
-    return make_env("PongNoFrameskip-v4", max_game_frames=150)
+    pong = gym.make("PongNoFrameskip-v4", max_num_frames_per_episode=150)
+    return gym.wrappers.AtariPreprocessing(EpisodeStatistics(pong))
 
 
 def own_workers() -> list[psutil.Process]:
@@ -117,14 +117,14 @@ def check_against_single_envs(env_fn, num_workers: int, actions_of_steps: np.nda
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_four_copies_play_what_four_single_environments_play(num_workers):
+def test_four_environments_play_what_four_single_ones_play(num_workers):
     rng = np.random.default_rng(0)
-    actions = rng.choice([GO_ON, TERMINATE, TRUNCATE], size=(200, 4), p=[0.8, 0.1, 0.1])
+    actions = rng.choice([CONTINUE, TERMINATE, TRUNCATE], size=(200, 4), p=[0.8, 0.1, 0.1])
     finished_games = check_against_single_envs(TinyEnv, num_workers, actions)
     assert len(finished_games) > 20
 
 
-def test_copies_of_pong_play_what_single_ones_play():
+def test_environments_of_pong_play_what_single_ones_play():
     actions = np.random.default_rng(0).integers(6, size=(80, 3))
     finished_games = check_against_single_envs(make_pong, 2, actions)
     assert {game.env_index for game in finished_games} == {0, 1, 2}
@@ -134,17 +134,17 @@ def test_results_of_a_step_are_not_overwritten_by_the_next():
     with ParallelEnvs([TinyEnv] * 2) as envs:
         first = envs.reset(seed=0)
         kept = first.copy()
-        envs.step_async(np.array([TERMINATE, GO_ON]))
+        envs.step_async(np.array([TERMINATE, CONTINUE]))
         step = envs.step_wait()
         kept_step = [array.copy() for array in step[:5]]
-        envs.step_async(np.array([GO_ON, TRUNCATE]))
+        envs.step_async(np.array([CONTINUE, TRUNCATE]))
         envs.step_wait()
         np.testing.assert_array_equal(first, kept)
         for array, kept_array in zip(step[:5], kept_step, strict=True):
             np.testing.assert_array_equal(array, kept_array)
 
 
-def test_each_copy_has_a_seed_of_its_own_that_the_seed_determines():
+def test_each_environment_has_a_seed_of_its_own_that_the_seed_determines():
     with ParallelEnvs([TinyEnv] * 4, num_workers=2) as envs:
         random_numbers = envs.reset(seed=5)[:, 0]
         assert len(set(random_numbers)) == 4
@@ -152,28 +152,28 @@ def test_each_copy_has_a_seed_of_its_own_that_the_seed_determines():
         assert not set(envs.reset(seed=6)[:, 0]) & set(random_numbers)
 
 
-def test_an_idle_copy_is_left_untouched():
+def test_an_idle_environment_is_left_untouched():
     with ParallelEnvs([TinyEnv] * 3, num_workers=2) as envs:
         before = envs.reset(seed=0)
         for _ in range(5):
-            envs.step_async(np.array([GO_ON, IDLE, GO_ON]))
+            envs.step_async(np.array([CONTINUE, IDLE, CONTINUE]))
             step = envs.step_wait()
             np.testing.assert_array_equal(step.observations[1], before[1])
-        envs.step_async(np.array([IDLE, GO_ON, IDLE]))
+        envs.step_async(np.array([IDLE, CONTINUE, IDLE]))
         np.testing.assert_array_equal(envs.step_wait().observations[:, 2], [5, 1, 5])
 
 
-def test_no_more_workers_than_copies():
+def test_there_are_no_more_workers_than_environments():
     with ParallelEnvs([TinyEnv] * 2, num_workers=5) as envs:
         envs.reset(seed=0)
         assert len(own_workers()) == 2
 
 
 def step_with(action: int) -> None:
-    """A step in which the second of three copies does something else than to go on."""
+    """A step in which the second of three environments does something else than to continue."""
     with ParallelEnvs([TinyEnv] * 3, num_workers=3) as envs:
         envs.reset(seed=0)
-        envs.step_async(np.array([GO_ON, action, GO_ON]))
+        envs.step_async(np.array([CONTINUE, action, CONTINUE]))
         envs.step_wait()
 
 
@@ -192,7 +192,7 @@ def test_a_worker_killed_between_two_steps_is_reported_at_once():
         worker.kill()
         wait_until_gone([worker])
         with pytest.raises(WorkerError, match=rf"worker {worker.pid} died \(exit code -9\)"):
-            envs.step_async(np.array([GO_ON, GO_ON]))
+            envs.step_async(np.array([CONTINUE, CONTINUE]))
 
 
 def test_an_error_in_an_environment_is_reported_with_its_message():
@@ -208,11 +208,12 @@ def test_an_environment_that_cannot_be_made_in_a_worker_is_reported_with_its_mes
             envs.reset(seed=0)
 
 
+@pytest.mark.slow  # `close` waits 5 s for it
 def test_a_hanging_worker_is_reported_after_the_timeout(monkeypatch):
     with ParallelEnvs([TinyEnv] * 2, num_workers=2) as envs:
         envs.reset(seed=0)
         monkeypatch.setattr(parallel_envs, "WORKER_TIMEOUT_S", 1.0)
-        envs.step_async(np.array([GO_ON, HANG]))
+        envs.step_async(np.array([CONTINUE, HANG]))
         start = time.monotonic()
         with pytest.raises(WorkerError, match="hangs: no answer for 1 s"):
             envs.step_wait()
@@ -225,7 +226,7 @@ def test_close_ends_all_workers_in_the_middle_of_a_step_too():
     envs.reset(seed=0)
     workers = own_workers()
     assert len(workers) == 4
-    envs.step_async(np.full(4, GO_ON))
+    envs.step_async(np.full(4, CONTINUE))
     envs.close()
     wait_until_gone(workers)
 
@@ -288,8 +289,8 @@ def start_main(tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("keeps_stepping", [True, False])
-def test_when_the_main_process_is_killed_its_processes_go_too_without_a_word(keeps_stepping, start_main):
+@pytest.mark.parametrize("keeps_stepping", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_when_the_main_process_is_killed_its_workers_end_too_without_a_word(keeps_stepping, start_main):
     process = start_main(**WITH_PONG if keeps_stepping else WITH_TINY_ENV, keeps_stepping=keeps_stepping)
     assert (process.stdout.readline(), process.stdout.readline()) == ("starts\n", "ready\n")
     descendants = psutil.Process(process.pid).children(recursive=True)
@@ -310,6 +311,7 @@ def test_ctrl_c_lets_the_main_process_end_its_workers_without_a_word(start_main)
     assert (output, errors, process.returncode) == ("interrupted\n", "", 0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_workers_start_ends_everything_without_a_word(start_main):
     process = start_main(**WITH_PONG, keeps_stepping=True)
     assert process.stdout.readline() == "starts\n"

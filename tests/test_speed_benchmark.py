@@ -1,4 +1,4 @@
-"""What tests/benchmarks/speed.py reports is what was measured, and the baseline does the same work."""
+"""The tables of the benchmarks are what was measured, and the baseline does the same work as the script."""
 
 import json
 import sys
@@ -13,10 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import baseline
 import programs
 import speed
+from both_scripts import JAX, PONG_TEACHER, TORCH, name_of, use_network
 
-from cleanrl import qdagger_dqn_atari_impalacnn as script
-
-PONG_TEACHER = Path(script.__file__).parent / "teachers" / "PongNoFrameskip-v4.safetensors"
 CPU = torch.device("cpu")
 
 MEASUREMENTS = [
@@ -84,7 +82,7 @@ def test_the_json_holds_every_measurement_and_the_machine(table, tmp_path):
 
 @pytest.fixture(scope="module")
 def pong():
-    args = script.Args(env_id="PongNoFrameskip-v4", teacher_model_path=PONG_TEACHER, buffer_size=500)
+    args = TORCH.Args(env_id="PongNoFrameskip-v4", teacher_model_path=PONG_TEACHER, buffer_size=500)
     return baseline.Baseline(args, CPU)
 
 
@@ -115,14 +113,14 @@ def test_the_baseline_updates_like_the_script(pong):
     # Forty steps bring few rewards and ends of episodes: here are some.
     rewards, dones = torch.linspace(-1, 1, 32)[:, None], torch.arange(32)[:, None] % 3 // 2.0
     batch = pong.replay.sample(32)._replace(rewards=rewards, dones=dones)
-    state = script.create_train_state(pong.args, pong.num_actions, CPU)
+    state = TORCH.create_train_state(pong.args, pong.num_actions, CPU)
     state.student.load_state_dict(pong.student.state_dict())
     with torch.no_grad():
         pong.target_network.network[-1].weight.mul_(
             100
         )  # another network than the student, whose Q-values matter
     state.target_network.load_state_dict(pong.target_network.state_dict())
-    script_batch = script.Batch(
+    script_batch = TORCH.Batch(
         observations=batch.observations,
         actions=batch.actions[:, 0],
         rewards=batch.rewards[:, 0],
@@ -132,9 +130,15 @@ def test_the_baseline_updates_like_the_script(pong):
         teacher_q_values=pong.teacher(batch.observations),
     )
     for _ in range(2):  # the second on what the first has changed
-        expected = script.update(pong.args, state, script_batch, distill_coeff=0.5)
+        expected = TORCH.update(pong.args, state, script_batch, distill_coeff=0.5)
         for name, loss in pong.update(batch, distill_coeff=0.5).items():
             torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-6)
+
+    # The baseline's has the teacher's forward pass as well, a multiplication and an addition per weight.
+    convolutions = 20 * 20 * 32 * 4 * 8 * 8 + 9 * 9 * 64 * 32 * 4 * 4 + 7 * 7 * 64 * 64 * 3 * 3
+    teacher_flops = 2 * (convolutions + 3136 * 512 + 512 * 6)
+    own_flops = programs.count_flops(lambda: TORCH.update(pong.args, state, script_batch, 0.5))
+    assert programs.count_flops(lambda: pong.update(batch, 0.5)) == own_flops + 32 * teacher_flops
 
 
 def test_stacked_observations_take_56_kilobytes(pong):
@@ -142,28 +146,24 @@ def test_stacked_observations_take_56_kilobytes(pong):
     assert baseline.replay_bytes(1_000, pong.env) == 1_000 * (2 * 4 * 84 * 84 + 8 + 3 * 4)
 
 
-def test_requests_reach_the_phases(pong, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(("phases_of", "script"), [(programs.TorchPhases, TORCH), (programs.JaxPhases, JAX)])
+def test_requests_reach_the_phases(phases_of, script, tmp_path, monkeypatch):
+    use_network(monkeypatch, script, "linear")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs, "WARM_UP_STEPS", {"fill": 8, "offline": 1, "online": 8})
     monkeypatch.setattr(programs, "BUFFER_SIZE", 200)
     monkeypatch.setattr(programs, "FULL_BUFFER_SIZE", 1_000)
     monkeypatch.setattr(programs, "ADDS", 10)
     monkeypatch.setattr(programs, "SAMPLES", 10)
-    phases = programs.TorchPhases("qdagger_dqn_atari_impalacnn", "cpu", num_envs=2)
-    requests = programs.Requests(phases)
-    try:
+    with phases_of(name_of(script), "cpu", num_envs=2) as phases:
+        requests = programs.Requests(phases)
         for phase, steps in (("fill", 8), ("offline", 2), ("online", 8)):
             assert requests.answer(phase, steps) > 0
         assert phases.state.offline_step == 1 + 2
         assert phases.state.online_step == 8 + 8
-        assert phases.state.online_gradient_steps == (8 + 8) / 4
+        assert phases.state.gradient_steps == (1 + 2) + (8 + 8) / 4
+        assert requests.answer("evaluate", 2, 100) > 0
         assert requests.answer("time_replay", 200).keys() == {"add_us", "sample_us"}
         frames_alone = 1_000 * 84 * 84
         assert frames_alone < requests.answer("replay_bytes") < 1.02 * frames_alone
-        batch = pong.replay.sample(32)
-        baseline_flops = programs.count_flops(lambda: pong.update(batch, distill_coeff=1.0))
-        # The teacher's three convolutions and two dense layers, a multiplication and an addition per weight.
-        convolutions = 20 * 20 * 32 * 4 * 8 * 8 + 9 * 9 * 64 * 32 * 4 * 4 + 7 * 7 * 64 * 64 * 3 * 3
-        teacher_flops = 2 * (convolutions + 3136 * 512 + 512 * 6)
-        assert baseline_flops - requests.answer("update_flops") == 32 * teacher_flops
-    finally:
-        phases.envs.close()

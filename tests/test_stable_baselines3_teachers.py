@@ -1,12 +1,10 @@
 """Teachers from Stable-Baselines3's zoo, against `stable_baselines3.DQN` itself."""
 
 import io
-import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, run_python
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
@@ -22,8 +20,6 @@ import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl.utils.hub.download import teacher_filename
 from cleanrl.utils.weights.files import read_weights
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class CountingScreen(gym.Env):
@@ -61,15 +57,12 @@ def saved(agent, tmp_path_factory) -> Path:
 
 def torch_teacher(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     args = torch_script.Args(teacher_model_path=path)
-    device = torch.device("cpu")
-    teacher = torch_script.load_teacher(args, 6, device)
-    return lambda observations: torch_script.compute_q_values(teacher, device, observations)
+    return partial(torch_script.compute_q_values, torch_script.load_teacher(args, 6, torch.device("cpu")))
 
 
 def jax_teacher(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     args = jax_script.Args(teacher_model_path=path)
-    teacher = jax_script.load_teacher(args, 6, jax.devices("cpu")[0])
-    return lambda observations: jax_script.compute_q_values(teacher, observations)
+    return partial(jax_script.compute_q_values, jax_script.load_teacher(args, 6, jax.devices("cpu")[0]))
 
 
 @pytest.mark.parametrize("load", [torch_teacher, jax_teacher])
@@ -91,7 +84,7 @@ def test_it_stacks_frames_in_our_order(agent):
     assert observations[0, :, 0, 0].tolist() == [2, 3, 4, 5]  # as our FrameStack: oldest first
 
 
-def test_the_online_network_is_read_not_its_target(agent, saved, tmp_path):
+def test_the_online_network_is_read_not_the_target(agent, saved, tmp_path):
     other = make_agent()
     other.q_net.load_state_dict(agent.q_net.state_dict())
     for parameter in other.q_net_target.parameters():
@@ -107,6 +100,7 @@ def test_files_are_named_as_in_the_zoo():
     assert teacher_filename("cleanrl/x", "dqn_atari") == "dqn_atari.cleanrl_model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [torch_script, jax_script])
 def test_one_from_the_hub_is_loaded(script, saved, tmp_path):
     code = f"from {script.__name__} import *; " + (
@@ -114,15 +108,8 @@ def test_one_from_the_hub_is_loaded(script, saved, tmp_path):
         "load_teacher(args, 6, choose_device(args) if 'choose_device' in globals() else torch.device('cpu'))"
     )
     with HubServer(saved.read_bytes()) as server:
-        process = subprocess.run(
-            [sys.executable, "-c", code, "sb3/dqn-PongNoFrameskip-v4"],
-            cwd=ROOT,
-            env=os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-    assert process.returncode == 0, process.stderr
+        process = run_python(server.url, tmp_path, "-c", code, "sb3/dqn-PongNoFrameskip-v4")
+    assert process.status == 0, process.err
     paths = {path for _, path, _ in server.requests}
     assert paths == {"/sb3/dqn-PongNoFrameskip-v4/resolve/main/dqn-PongNoFrameskip-v4.zip"}
 
@@ -144,15 +131,15 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    "fault", ["no policy", "cut short", "code", "flipped", "not a policy", "another net"]
+    "fault", ["no policy", "truncated", "code", "flipped", "not a policy", "another net"]
 )
-def test_a_bad_zip_file_gets_one_line(fault, saved, tmp_path, capsys):
+def test_a_bad_zip_file_is_a_one_line_error(fault, saved, tmp_path, capsys):
     path = tmp_path / "bad.zip"
     state_dict = io.BytesIO()
     torch.save({"q_net.q_net.0.weight": torch.zeros(2, 2)}, state_dict)
     if fault == "no policy":
         rewrite(saved, path, None)
-    elif fault == "cut short":
+    elif fault == "truncated":
         path.write_bytes(saved.read_bytes()[:-1000])
     elif fault == "code":
         rewrite(saved, path, pickle.dumps({"q_net.q_net.0.weight": Trap()}))

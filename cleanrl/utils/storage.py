@@ -47,11 +47,14 @@ def _describe(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
         return [_describe(item, arrays) for item in tree]
     if isinstance(tree, tuple):
         return {"tuple": [_describe(item, arrays) for item in tree]}
-    is_bytes = isinstance(tree, bytes)
-    tree = tree.cpu() if hasattr(tree, "cpu") else tree  # a torch tensor may lie on a GPU
-    array = np.frombuffer(tree, np.uint8) if is_bytes else np.asarray(tree)
-    if array.dtype == object:
+    if is_bytes := isinstance(tree, bytes):
+        array = np.frombuffer(tree, np.uint8)
+    elif hasattr(tree, "__array__"):  # NumPy also takes other sequences, which would come back as arrays
+        array = np.asarray(tree.cpu() if hasattr(tree, "cpu") else tree)  # a torch tensor may lie on a GPU
+    else:
         raise TypeError(f"a {type(tree).__name__} cannot be packed")
+    if array.dtype == object:
+        raise TypeError("an array of objects cannot be packed")
     name = str(len(arrays))
     # safetensors takes no 0-dimensional and no non-contiguous arrays as they are.
     arrays[name] = np.ascontiguousarray(array).reshape(array.shape or (1,))

@@ -1,18 +1,16 @@
 """What a checkpoint costs with a full replay buffer:  python tests/benchmarks/checkpoint_cost.py
 
-Fills the PyTorch script's buffer with real frames of a game played at random: 20,000 steps, again and again,
-too far apart for the compression to notice. Prints the time and the disk space of the first checkpoint, which
-holds all of the buffer, of one that adds the steps of 10 minutes, and of reading it back.
+Fills the buffer with real frames of a game played at random: 20,000 steps, again and again, too far apart for
+the compression to notice. Prints the time and the disk space of the first checkpoint, which holds all of the
+buffer, and of those that add the steps of 10 minutes; and the time to read it back.
 """
 
-import os
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,10 +18,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cleanrl.qdagger_dqn_atari_impalacnn import ReplayBuffer, make_env
+from cleanrl.qdagger_dqn_atari_impalacnn import make_env
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.parallel_envs import ParallelEnvs
-from cleanrl.utils.run.checkpoint import Run, newest_checkpoint
+from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.run.checkpoint import CheckpointWriter, newest_checkpoint
 
 NUM_ENVS = 8
 
@@ -55,7 +55,11 @@ def play(args: Args) -> list[tuple]:
 def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     observations, *steps = play(args)
-    replay = ReplayBuffer(args.frames, NUM_ENVS, num_actions, 1, 0.99, torch.device("cpu"))
+
+    def make_frames(num_slots: int) -> TorchFrames:
+        return TorchFrames(num_slots, torch.device("cpu"))
+
+    replay = ReplayBuffer(args.frames, NUM_ENVS, make_frames, num_actions)
     replay.start(observations)
     rng = np.random.default_rng(1)
 
@@ -64,25 +68,25 @@ def main(args: Args) -> None:
             q_values = rng.normal(size=(NUM_ENVS, num_actions)).astype(np.float32)
             replay.add(*steps[index % len(steps)], q_values)
 
-    def save(run: Run, what: str) -> None:
-        before, start = size(run.folder), time.perf_counter()
-        run.save({}, "replay", replay)
-        seconds, num_bytes = time.perf_counter() - start, size(run.folder) - before
-        print(f"{what}: {seconds:.1f} s, {num_bytes / 1e6:.0f} MB")
-
     add(args.frames)
-    os.chdir(tempfile.mkdtemp())
-    options = {"env_id": args.env_id, "exp_name": "cost", "seed": 0, "resume": None, "checkpoint_interval": 1}
-    with Run(SimpleNamespace(**options), script="cost") as run:
-        save(run, f"the whole buffer, {args.frames:,} frames")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "checkpoints").mkdir()
+        writer = CheckpointWriter(folder, resumed=None)
+
+        def save(what: str) -> None:
+            before, start = size(folder), time.perf_counter()
+            writer.save("cost", {}, {}, {"replay": replay})
+            seconds, num_bytes = time.perf_counter() - start, size(folder) - before
+            print(f"{what}: {seconds:.1f} s, {num_bytes / 1e6:.0f} MB")
+
+        save(f"the whole buffer, {args.frames:,} frames")
         for _ in range(2):
             add(args.steps_in_10_minutes)
-            save(run, f"{args.steps_in_10_minutes:,} steps more")
+            save(f"{args.steps_in_10_minutes:,} steps more")
         start = time.perf_counter()
-        for slots, rows in newest_checkpoint(run.folder).rows(replay.num_slots):
-            replay.write(slots, rows)
-        print(f"read back: {time.perf_counter() - start:.1f} s; on the disk: {size(run.folder) / 1e6:.0f} MB")
-        run.finish()
+        newest_checkpoint(folder).restore_replay("replay", replay)
+        print(f"read back: {time.perf_counter() - start:.1f} s; on the disk: {size(folder) / 1e6:.0f} MB")
 
 
 def size(folder: Path) -> int:

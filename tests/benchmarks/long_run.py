@@ -1,11 +1,10 @@
-"""Looks for memory that leaks and steps that slow down, over a long online phase of a script.
+"""Looks for memory that leaks and steps that slow down over a long online phase of a script.
 
 python tests/benchmarks/long_run.py [--script qdagger_dqn_atari_jax_impalacnn] [--minutes 30]
 
-Starts the script on Pong with a small replay buffer, few gradient steps among the environment steps, so that
-there are many of these, and a checkpoint every 30 s. Prints a row per tenth of the time: environment steps so
-far, steps per second in it, and the memory at its end that the script's process and its workers do not share
-with others.
+Starts the script on Pong with a small replay buffer, few gradient steps, so that there are many environment
+steps, and a checkpoint every 30 s. Prints a row per tenth of the time: environment steps so far, steps per
+second in it, and the memory at its end that the script's process and its workers do not share with others.
 """
 
 import os
@@ -38,13 +37,13 @@ TENTHS = 10
 
 
 def memory_mb(process: psutil.Process) -> int:
-    """Of the process and all that it started, in MB."""
+    """Of a process and all that it started, in MB."""
     processes = [process, *process.children(recursive=True)]
     return round(sum(p.memory_full_info().uss for p in processes) / 1e6)
 
 
 def online_steps(folder: Path) -> list[tuple[float, int]]:
-    """When (Unix time) how many environment steps of the online phase were done, as far as it is written."""
+    """Unix times, and the environment steps of the online phase at each, as far as they are written."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "charts/epsilon" not in events.Tags()["scalars"]:
         return []
@@ -76,7 +75,7 @@ def main(
         try:
             while not (started := [*Path(scratch).glob("runs/*/")]) or not online_steps(started[0]):
                 if running.poll() is not None:
-                    raise SystemExit(f"error: {script} ended; what it said stands above")
+                    raise SystemExit(f"error: {script} ended; its output is above")
                 time.sleep(1)
             first = online_steps(started[0])[0][0]
             readings = []

@@ -2,10 +2,9 @@
 
 python tests/benchmarks/programs.py {baseline,torch,jax,limits} {cpu,cuda} NUM_ENVS
 
-Each program lives in a process of its own, as PyTorch and JAX would take the cores from each other. It says
-"ready" once the teacher has made its first step, then answers requests on standard input, lines of
-`NAME AMOUNT…`, with a line of JSON each on standard output. In between it does nothing, so several may wait
-side by side. Whatever the benchmarks know of the scripts' functions stands in this file.
+Each program is a process of its own, as PyTorch and JAX would take the cores from each other. It says "ready"
+once the teacher has made its first step, then answers requests on standard input, lines of `NAME AMOUNT…`,
+with a line of JSON each on standard output. In between it does nothing, so several may wait side by side.
 """
 
 import importlib
@@ -14,8 +13,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ BUFFER_SIZE = 60_000  # while the phases are timed
 FULL_BUFFER_SIZE = 1_000_000  # the scripts' default, whose memory is counted
 FRAMES_PER_STEP = 4
 TRAIN_FREQUENCY = 4  # online environment steps per gradient step, the scripts' default
-WARM_UP_STEPS = {"fill": 400, "offline": 4, "online": 32}
+WARM_UP_STEPS = {"fill": 400, "offline": 20, "online": 32}
 ADDS, SAMPLES = 1000, 300  # that are timed
 
 
@@ -40,7 +41,7 @@ class Program:
     Args:
         name: baseline, torch, jax or limits.
         device: cpu or cuda.
-        num_envs: copies of the game in a script.
+        num_envs: environments of a script.
     """
 
     def __init__(self, name: str, device: str, num_envs: int = 8):
@@ -66,7 +67,7 @@ class Program:
     def _read(self) -> Any:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: the {self.name} program ended; what it said stands above")
+            raise SystemExit(f"error: the {self.name} program ended; its output is above")
         return json.loads(line)
 
     def __enter__(self) -> "Program":
@@ -75,15 +76,6 @@ class Program:
     def __exit__(self, *exception: object) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-class NoWriter:
-    def add_scalar(self, *_: object) -> None:
-        pass
-
-
-def no_checkpoint(*_: object) -> None:
-    pass
 
 
 def create_args(script: Any, device: str, num_envs: int) -> Any:
@@ -96,47 +88,62 @@ def create_args(script: Any, device: str, num_envs: int) -> Any:
         learning_starts=0,
         offline_eval_frequency=10**9,
         cuda=device == "cuda",
+        save_model=False,
+        checkpoint_interval=0,
     )
 
 
-class ScriptPhases:
-    """A script's own phases, each for a number of steps; what the two scripts call differently is below."""
+class ScriptPhases(ExitStack):
+    """A script's own phases, each for a number of steps; a context manager that ends its environments.
+
+    What the two frameworks need done differently is in the classes below.
+    """
 
     def __init__(self, script_name: str, device: str, num_envs: int):
+        super().__init__()
         from cleanrl.utils.games.parallel_envs import ParallelEnvs
 
         self.script = importlib.import_module(f"cleanrl.{script_name}")
         self.args = create_args(self.script, device, num_envs)
         self.device = self.choose_device()
-        self.envs = ParallelEnvs([partial(self.script.make_env, ENV_ID)] * num_envs)
+        self.envs = self.enter_context(ParallelEnvs([partial(self.script.make_env, ENV_ID)] * num_envs))
         self.teacher = self.script.load_teacher(self.args, NUM_ACTIONS, self.device)
         self.state = self.script.create_train_state(self.args, NUM_ACTIONS, self.device)
-        self.state.replay = self.create_replay(BUFFER_SIZE)
+        self.run = self.enter_context(start_run(self))
         self.fill(num_envs)
 
     def fill(self, steps: int) -> None:
         self.state.teacher_step = 0  # ε falls anew
         args = replace(self.args, teacher_steps=steps)
-        self.script.fill_teacher_buffer(args, self.state, self.teacher, self.envs, no_checkpoint)
+        self.script.fill_teacher_replay(args, self.state, self.teacher, self.run)
 
     def offline(self, gradient_steps: int) -> None:
         args = replace(self.args, offline_steps=self.state.offline_step + gradient_steps)
-        self.script.train_offline(args, self.state, NoWriter(), lambda: 0.0, no_checkpoint)
+        self.script.train_offline(args, self.state, self.run)
 
     def online(self, steps: int) -> None:
         args = replace(self.args, total_timesteps=self.state.online_step + steps)
-        teacher_replay, self.state.replay = self.state.replay, self.online_replay
-        self.script.train_online(
-            args, self.state, self.teacher, lambda *_: 1.0, self.envs, NoWriter(), no_checkpoint
-        )
-        self.wait_for(self.state.replay)
-        self.state.replay = teacher_replay
+        self.script.train_online(args, self.state, self.teacher, self.run)
 
     def evaluate(self, games: int, max_game_frames: int) -> None:
         from cleanrl.utils.evaluation import evaluate
 
         make_game = partial(self.script.make_env, ENV_ID)
-        evaluate(make_game, self.teacher_q_values, games, 0, self.args.end_e, max_game_frames)
+        q_values = partial(self.script.compute_q_values, self.teacher)
+        evaluate(make_game, q_values, games, 0, self.args.end_e, max_game_frames)
+
+    def create_replay(self, capacity: int) -> Any:
+        def make_frames(num_slots: int) -> Any:
+            return self.frames_type(num_slots, self.device)
+
+        args = self.args
+        return self.script.ReplayBuffer(
+            capacity, args.num_envs, make_frames, NUM_ACTIONS, args.n_step, args.gamma
+        )
+
+    def replay_bytes(self) -> int:
+        """Of a buffer of full size, which is not made, as the script says."""
+        return self.create_replay(FULL_BUFFER_SIZE).num_bytes
 
     def time_replay(self, stored: int) -> dict[str, float]:
         """Microseconds that a full buffer of so many frames takes to add one step of all environments, and to
@@ -147,96 +154,88 @@ class ScriptPhases:
         from cleanrl.utils.games.parallel_envs import StepResult
 
         num_envs = self.args.num_envs
-        observations = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), np.uint8)
+        rng = np.random.default_rng(0)
+        observations = rng.integers(0, 256, (num_envs, 4, 84, 84), np.uint8)
         nowhere = np.zeros(num_envs, dtype=bool)
         step = StepResult(observations, np.ones(num_envs, np.float32), nowhere, nowhere, observations, [])
         actions, q_values = np.zeros(num_envs, dtype=int), np.zeros((num_envs, NUM_ACTIONS), np.float32)
-        buffer = self.create_replay(stored)
-        buffer = buffer.start(observations) or buffer
+        replay = self.create_replay(stored)
+        replay.start(observations)
 
-        def add() -> None:
-            nonlocal buffer
-            buffer = buffer.add(actions, step, q_values) or buffer
+        def add(number: int) -> None:
+            for _ in range(number):
+                replay.add(actions, step, q_values)
+            self.wait_for(replay.frames.frames)
 
-        for _ in range(stored // num_envs):
-            add()
-        self.wait_for(buffer)
-        add_s = seconds_of(lambda: [[add() for _ in range(ADDS)], self.wait_for(buffer)])
-        self.sample(buffer)
-        sample_s = seconds_of(lambda: [self.sample(buffer) for _ in range(SAMPLES)])
+        def sample(number: int) -> None:
+            for _ in range(number):
+                self.wait_for(replay.sample(self.args.batch_size, rng).next_observations)
+
+        add(stored // num_envs)
+        add_s = seconds_of(lambda: add(ADDS))
+        sample(1)
+        sample_s = seconds_of(lambda: sample(SAMPLES))
         return {"add_us": add_s / ADDS * 1e6, "sample_us": sample_s / SAMPLES * 1e6}
 
     def prepare(self) -> None:
         """Makes the empty buffer that the next online phase takes."""
-        self.online_replay = self.create_replay(BUFFER_SIZE)
-        self.wait_for(self.online_replay, self.state)
-
-    def synchronize(self) -> None:
-        self.wait_for(self.state.replay, self.state)
+        self.state.student_replay.free()
+        self.state.student_replay.start(self.envs.observations)
+        self.synchronize()
 
 
 class TorchPhases(ScriptPhases):
+    @property
+    def frames_type(self) -> type:
+        return self.script.TorchFrames
+
     def choose_device(self) -> Any:
         import torch
 
         return torch.device("cuda" if self.args.cuda else "cpu")
 
-    def create_replay(self, capacity: int) -> Any:
-        settings = (self.args.num_envs, NUM_ACTIONS, self.args.n_step, self.args.gamma, self.device)
-        return self.script.ReplayBuffer(capacity, *settings)
-
-    @property
-    def teacher_q_values(self) -> Callable:
-        return partial(self.script.compute_q_values, self.teacher, self.device)
-
-    def replay_bytes(self) -> int:
-        """Of the arrays of a buffer of full size, which is not written to."""
-        arrays = vars(self.create_replay(FULL_BUFFER_SIZE)).values()
-        return sum(array.nbytes for array in arrays if hasattr(array, "nbytes"))
-
     def update_flops(self) -> int:
-        batch = self.script.sample_batch(self.args, self.state)
-        return count_flops(lambda: self.script.update(self.args, self.state, batch, 1.0))
+        return count_flops(lambda: self.script.learn(self.args, self.state, self.state.teacher_replay, [1.0]))
 
-    def sample(self, buffer: Any) -> None:
-        self.state.replay = buffer
-        self.script.sample_batch(self.args, self.state)
-        self.wait_for()
+    def wait_for(self, array: Any) -> None:
+        wait_for_torch(self.device)
 
-    def wait_for(self, *_: object) -> None:
+    def synchronize(self) -> None:
         wait_for_torch(self.device)
 
 
 class JaxPhases(ScriptPhases):
+    @property
+    def frames_type(self) -> type:
+        return self.script.JaxFrames
+
     def choose_device(self) -> Any:
         return self.script.choose_device(self.args)
 
-    def create_replay(self, capacity: int) -> Any:
-        settings = (self.args.num_envs, NUM_ACTIONS, self.args.n_step, self.args.gamma, self.device)
-        return self.script.ReplayBuffer.create(capacity, *settings)
+    def wait_for(self, array: Any) -> None:
+        array.block_until_ready()
 
-    @property
-    def teacher_q_values(self) -> Callable:
-        return partial(self.script.compute_q_values, self.teacher)
-
-    def replay_bytes(self) -> int:
-        """Of the arrays of a buffer of full size, which is not made, only its shapes."""
+    def synchronize(self) -> None:
         import jax
 
-        buffer = jax.eval_shape(lambda: self.create_replay(FULL_BUFFER_SIZE))
-        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(buffer))
+        jax.block_until_ready((self.state.learner, self.state.student_replay.frames.frames))
 
-    def sample(self, buffer: Any) -> None:
-        batch, self.state.sampling_key = self.script.sample_alone(
-            buffer, self.state.sampling_key, self.args.batch_size
-        )
-        self.wait_for(batch)
 
-    def wait_for(self, *parts: Any) -> None:
-        import jax
+def start_run(phases: ScriptPhases) -> Any:
+    """A run in ./runs whose environments have started already, and which skips the student's evaluations."""
+    from cleanrl.utils.run.training_run import TrainingRun
 
-        # A state is no tree of arrays, its learner is.
-        jax.block_until_ready([getattr(part, "learner", part) for part in parts])
+    class MeasuredRun(TrainingRun):
+        @contextmanager
+        def open_envs(self, num_envs: int, seed: Sequence[int]) -> Iterator[Any]:
+            phases.envs.reset(seed)
+            yield phases.envs
+
+        def play(self, *_: object) -> list[float]:
+            return [0.0]
+
+    script = phases.script
+    return MeasuredRun(phases.args, Path(script.__file__), phases.state, script.make_env, model="student")
 
 
 class BaselinePhases:
@@ -386,15 +385,16 @@ def serve(name: str, device: str, num_envs: int) -> None:
         "jax": partial(JaxPhases, "qdagger_dqn_atari_jax_impalacnn", device, num_envs),
         "limits": partial(Limits, device),
     }
-    program = programs[name]()
-    say = partial(print, file=replies, flush=True)
-    say(json.dumps("ready"))
-    requests = Requests(program)
-    for line in sys.stdin:
-        request, *amounts = line.split()
-        say(json.dumps(requests.answer(request, *map(int, amounts))))
-    if isinstance(program, ScriptPhases):
-        program.envs.close()
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch), ExitStack() as resources:
+        program = programs[name]()
+        if isinstance(program, ScriptPhases):
+            resources.enter_context(program)
+        say = partial(print, file=replies, flush=True)
+        say(json.dumps("ready"))
+        requests = Requests(program)
+        for line in sys.stdin:
+            request, *amounts = line.split()
+            say(json.dumps(requests.answer(request, *map(int, amounts))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures how the scripts' speed grows with the environments and keeps with the size of the replay buffer.
+"""Measures the scripts' speed by the number of environments and by the size of the replay buffer.
 
 python tests/benchmarks/scaling.py [--device cuda] [--json-path FILE]
 

@@ -13,9 +13,9 @@ embedded teacher:
   them one after another, the scripts side by side
 - start-up: seconds from the start of the process until the teacher has made its first step (imports,
   environments, networks, compilation, one step of every environment)
-- memory: gigabytes (10⁹ bytes) of the arrays of a full replay buffer of 1,000,000 frames. The PyTorch
-  script's are made but not written to, the JAX script's only described, Stable-Baselines3's made for 10,000
-  transitions and counted a hundredfold.
+- memory: gigabytes (10⁹ bytes) of the arrays of a full replay buffer of 1,000,000 frames, as the scripts
+  compute it (replay_memory.py measures it); Stable-Baselines3's are made for 10,000 transitions and counted a
+  hundredfold
 
 The ratio says how many times better than the baseline a script is; over 1 is faster, or less memory. The
 share says how much of the machine's limit is used. For gradient steps that is the floating-point operations
@@ -61,7 +61,7 @@ class Amounts(NamedTuple):
 
 
 AMOUNTS = {
-    "quick": Amounts(rounds=1, fill=1_600, offline=12, online=64, games=10, game_frames=2_000),
+    "quick": Amounts(rounds=1, fill=1_600, offline=20, online=64, games=10, game_frames=2_000),
     "cpu": Amounts(rounds=3, fill=6_000, offline=60, online=320, games=10, game_frames=4_000),
     "cuda": Amounts(rounds=3, fill=20_000, offline=3_000, online=12_000, games=10, game_frames=4_000),
 }

@@ -114,7 +114,7 @@ class Job:
     def begin(self, node: str = "") -> None:
         self.record.state, self.record.message = "running", ""
         self.record.starts += 1
-        self.record.seconds = self.seconds  # of an attempt that was cut short
+        self.record.seconds = self.seconds  # of an interrupted attempt as well
         self.started, self.node = time.monotonic(), node
         self._save()
 

@@ -182,7 +182,8 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
         raise SystemExit(f"error: {source}: {fault}; use a replay saved for this game") from None
     except (KeyError, TypeError, ValueError, OverflowError):
         raise SystemExit(f"error: {source}: {MANIFEST} is not a replay's; save it again") from None
-    fewest_steps = int((heads - oldest).min())
+    # Of a ring that was full, the 3 oldest rows lack frames, and the next may be one that ended an episode.
+    fewest_steps = int((heads - oldest - np.where(oldest > 0, 4, 0)).min())
     if saved.num_rows < args.batch_size or fewest_steps < args.n_step:
         raise SystemExit(
             f"error: {source} holds {saved.num_rows} frames and at least {fewest_steps} steps of every"

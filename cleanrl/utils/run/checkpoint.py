@@ -32,6 +32,7 @@ from cleanrl.utils.storage import (
 
 VERSION = 2
 NUM_KEPT = 2
+OTHER_VERSION_REMEDY = "finish the run with the version that started it, or start again without --resume"
 
 
 class OtherVersionError(DamagedError):
@@ -125,10 +126,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
             checkpoint.check()
             return checkpoint
         except OtherVersionError as fault:
-            raise SystemExit(
-                f"error: --resume {run_folder}: {fault}; finish the run with the version that started it, or"
-                " start again without --resume"
-            ) from None
+            raise SystemExit(f"error: --resume {run_folder}: {fault}; {OTHER_VERSION_REMEDY}") from None
         except DamagedError as fault:
             print(f"warning: {path.stem} of {run_folder} cannot be used: {fault}", file=sys.stderr)
     raise SystemExit(

@@ -89,8 +89,8 @@ class EventWriter:
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
-    def flush(self) -> None:
-        """Writes what is not written yet, all of it; or, if the disk is full, nothing, and says so."""
+    def flush(self) -> bool:
+        """Writes all that is not written yet; or nothing, if the disk is full: warns and returns False."""
         self._next_flush_time = time.monotonic() + FLUSH_INTERVAL_S
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -107,8 +107,9 @@ class EventWriter:
             )
             if self.path.exists():
                 os.truncate(self.path, size)
-            return
+            return False
         self._pending.clear()
+        return True
 
     def close(self) -> None:
         self.flush()

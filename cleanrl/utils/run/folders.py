@@ -1,8 +1,10 @@
-"""Folders of runs: their names, which are unfinished, and the files in them."""
+"""Folders of runs: their names and locks, which are unfinished, and the files in them."""
 
 import time
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 
 def new_folder(args: Any) -> Path:
@@ -11,6 +13,25 @@ def new_folder(args: Any) -> Path:
     while (path := Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{start_time}").exists():
         start_time += 1
     return path
+
+
+def lock_run(run_folder: Path) -> filelock.FileLock:
+    """Locks a run against other processes; its folder is made if it does not exist.
+
+    Raises:
+        SystemExit: with a one-line error, if another process has it, or it cannot be written to.
+    """
+    try:
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_folder / "checkpoints" / "lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SystemExit(f"error: another process is running {run_folder}; wait until it has ended") from None
+    except OSError as error:
+        raise SystemExit(
+            f"error: {run_folder} cannot be written to ({error.strerror}); start in another folder"
+        ) from None
+    return lock
 
 
 def manifests(run_folder: Path) -> list[Path]:

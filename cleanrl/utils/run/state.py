@@ -21,9 +21,9 @@ from cleanrl.utils.storage import DamagedError, pack
 
 def check_fields(state: Any) -> None:
     """Raises TypeError with the name of the first field that cannot be saved."""
-    for name, content in capture(state).items():
+    for name, value in vars(state).items():
         try:
-            pack(content)
+            pack(_capture(value))
         except TypeError as error:
             kind = type(state).__name__
             raise TypeError(f"{kind}.{name} cannot be saved in a checkpoint: {error}") from None
@@ -36,9 +36,8 @@ def replays_of(state: Any) -> dict[str, ReplayBuffer]:
 
 
 def capture(state: Any) -> dict[str, Any]:
-    """All of a state but its replay buffers, as `storage.pack` takes it."""
-    fields = {name: value for name, value in vars(state).items() if not isinstance(value, ReplayBuffer)}
-    return {name: _capture(value) for name, value in fields.items()}
+    """All of a state but its replay buffers' content, as `storage.pack` takes it."""
+    return {name: _capture(value) for name, value in vars(state).items()}
 
 
 def restore(state: Any, saved: dict[str, Any]) -> None:
@@ -47,14 +46,19 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     Raises:
         DamagedError: `saved` is of another kind of state.
     """
-    if saved.keys() != capture(state).keys():
-        differing = ", ".join(sorted(saved.keys() ^ capture(state).keys()))
-        raise DamagedError(f"it is of another version of the script, which differs in {differing}")
+    other = "is of another version of the script, whose state differs in"
+    if differing := saved.keys() ^ vars(state).keys():
+        raise DamagedError(f"{other} {', '.join(sorted(differing))}")
     for name, content in saved.items():
-        setattr(state, name, _restore(getattr(state, name), content))
+        try:
+            setattr(state, name, _restore(getattr(state, name), content))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise DamagedError(f"{other} {name}") from None
 
 
 def _capture(value: Any) -> Any:
+    if isinstance(value, ReplayBuffer):
+        return None
     if hasattr(value, "state_dict"):
         return value.state_dict()
     if isinstance(value, np.random.Generator):
@@ -63,15 +67,23 @@ def _capture(value: Any) -> Any:
         import jax
 
         return jax.tree.leaves(value)
+    if hasattr(value, "__array__") and not isinstance(value, np.ndarray | np.generic):
+        raise TypeError("only within a module or dataclass does it come back as an array of its framework")
     return value
 
 
 def _restore(value: Any, content: Any) -> Any:
+    """Raises AttributeError, KeyError, TypeError or ValueError if `content` is not of such a value."""
+    if isinstance(value, ReplayBuffer):
+        return value
     if hasattr(value, "param_groups"):
         _restore_optimizer(value, content)
         return value
     if hasattr(value, "load_state_dict"):
-        value.load_state_dict(_to_tensors(content))
+        try:
+            value.load_state_dict(_to_tensors(content))
+        except RuntimeError as error:
+            raise ValueError from error
         return value
     if isinstance(value, np.random.Generator):
         value.bit_generator.state = content
@@ -82,7 +94,7 @@ def _restore(value: Any, content: Any) -> Any:
         leaves, structure = jax.tree.flatten(value)
         for old, new in zip(leaves, content, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
-                raise DamagedError(f"it holds {new.dtype} {new.shape} where {old.dtype} {old.shape} belongs")
+                raise ValueError
         devices = [leaf.sharding for leaf in leaves]
         return jax.tree.unflatten(structure, jax.device_put(content, devices))
     return content
@@ -98,6 +110,8 @@ def _restore_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
         for name, value in moments.items():
             if value.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(value)
+            elif value.dim():
+                raise ValueError
 
 
 def _to_tensors(tree: Any) -> Any:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
@@ -20,13 +19,20 @@ from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, Worker
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import check_upload, upload
 from cleanrl.utils.run.charts import CHARTS, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
-from cleanrl.utils.run.checkpoint import Checkpoint, CheckpointWriter, cut_events, newest_checkpoint
+from cleanrl.utils.run.checkpoint import (
+    OTHER_VERSION_REMEDY,
+    Checkpoint,
+    CheckpointWriter,
+    cut_events,
+    newest_checkpoint,
+)
 from cleanrl.utils.run.events import EventWriter
-from cleanrl.utils.run.folders import manifests, new_folder
+from cleanrl.utils.run.folders import lock_run, manifests, new_folder
 from cleanrl.utils.run.options import MAY_CHANGE
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.tracking import check_tracking, start_tracking
 from cleanrl.utils.signals import Stopped, StopSignals
+from cleanrl.utils.storage import DamagedError
 from cleanrl.utils.weights.files import save_weights
 
 EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start from
@@ -83,7 +89,7 @@ class TrainingRun:
         self.folder = Path(args.resume) if args.resume else new_folder(args)
         if args.resume and not manifests(self.folder):
             newest_checkpoint(self.folder)  # says why there is none
-        self._lock = self._acquire_lock()
+        self._lock = lock_run(self.folder)
         self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
         resumed = self._resume() if args.resume else None
         self._checkpoints = CheckpointWriter(self.folder, resumed)
@@ -104,21 +110,6 @@ class TrainingRun:
             copy_sources(self.folder, script)
         print(f"run: {self.folder}" + (", resumed" if resumed else ""))
 
-    def _acquire_lock(self) -> filelock.FileLock:
-        try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.folder / "checkpoints" / "lock")
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise SystemExit(
-                f"error: another process is running {self.folder}; wait until it has ended"
-            ) from None
-        except OSError as error:
-            raise SystemExit(
-                f"error: {self.folder} cannot be written to ({error.strerror}); start in another folder"
-            ) from None
-        return lock
-
     def _resume(self) -> Checkpoint:
         resumed = newest_checkpoint(self.folder)
         if resumed.script != self.script.stem:
@@ -133,7 +124,12 @@ class TrainingRun:
                     " leave the option out, or start again without --resume"
                 )
         saved = resumed.read_state()
-        restore(self.state, saved["state"])
+        try:
+            restore(self.state, saved["state"])
+        except DamagedError as fault:
+            raise SystemExit(
+                f"error: --resume {self.folder}: {resumed.name} {fault}; {OTHER_VERSION_REMEDY}"
+            ) from None
         for name in resumed.replays:
             resumed.restore_replay(name, getattr(self.state, name))
         self._saved_games = saved["games"]
@@ -189,12 +185,12 @@ class TrainingRun:
         is_time = self.args.checkpoint_interval > 0 and time.monotonic() >= self._next_checkpoint
         if is_time or stop is not None:
             self._write_values()
-            self.writer.flush()
-            games = self._saved_games
-            if self._envs:
-                games = self._games_seed, self._envs.get_states()
-            state = {"state": capture(self.state), "games": games}
-            self._checkpoints.save(self.script.stem, self.options, state, replays_of(self.state))
+            if self.writer.flush():  # the resumed run writes no point from before the checkpoint again
+                games = self._saved_games
+                if self._envs:
+                    games = self._games_seed, self._envs.get_states()
+                state = {"state": capture(self.state), "games": games}
+                self._checkpoints.save(self.script.stem, self.options, state, replays_of(self.state))
             self._next_checkpoint = time.monotonic() + self.args.checkpoint_interval
         if stop is not None:
             raise Stopped(stop)

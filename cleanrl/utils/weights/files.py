@@ -11,16 +11,7 @@ from typing import Any
 import numpy as np
 
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.weights.layouts import (  # noqa  TEMPORARY
-    QUOTE,
-    check_weights,
-    fit_weights,
-    flatten,
-    from_stable_baselines3,
-    to_flax,
-    to_torch,
-    unflatten,
-)
+from cleanrl.utils.weights.layouts import QUOTE, flatten, from_stable_baselines3
 
 SAVE_AGAIN = "download or save it again"
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's

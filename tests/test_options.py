@@ -1,0 +1,130 @@
+"""The options of the four scripts: defaults, bounds and --help. That they are the same: test_same_text.py."""
+
+import dataclasses
+import math
+import re
+import sys
+import typing
+
+import pytest
+from both_scripts import is_qdagger, name_of
+
+from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
+from cleanrl.utils.command_line import check_arguments, describe_options
+
+PUBLISHED = {
+    "seed": 1,
+    "torch_deterministic": True,
+    "cuda": True,
+    "track": False,
+    "capture_video": False,
+    "upload_model": False,
+    "env_id": "BreakoutNoFrameskip-v4",
+    "total_timesteps": 10_000_000,
+    "learning_rate": 1e-4,
+    "buffer_size": 1_000_000,
+    "gamma": 0.99,
+    "tau": 1.0,
+    "target_network_frequency": 1000,
+    "batch_size": 32,
+    "start_e": 1.0,
+    "end_e": 0.01,
+    "exploration_fraction": 0.10,
+    "learning_starts": 80_000,
+    "train_frequency": 4,
+}
+PUBLISHED_OF_QDAGGER = {
+    "teacher_policy_hf_repo": None,
+    "teacher_eval_episodes": 10,
+    "teacher_steps": 500_000,
+    "offline_steps": 500_000,
+    "temperature": 1.0,
+}
+
+
+def test_the_defaults_are_the_published_ones(script, capsys):
+    args = script.Args()
+    expected = PUBLISHED | (PUBLISHED_OF_QDAGGER if is_qdagger(script) else {})
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.exp_name == name_of(script)
+    assert args.save_model  # or there would be nothing to show for ten million steps
+    if is_qdagger(script):
+        assert args.teacher_model_exp_name == ("dqn_atari_jax" if "jax" in name_of(script) else "dqn_atari")
+    check_arguments(args)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_option_that_qdagger_and_dqn_share_has_the_same_default():
+    dqn, qdagger = vars(dqn_atari.Args()), vars(qdagger_dqn_atari_impalacnn.Args())
+    assert dqn.keys() - qdagger.keys() == {"save_replay"}
+    shared = dqn.keys() & qdagger.keys() - {"exp_name"}
+    assert {name: dqn[name] for name in shared} == {name: qdagger[name] for name in shared}
+
+
+def test_every_number_has_bounds(script):
+    """What no number can be is refused with the option's name, so a new option without bounds fails here."""
+    checked = set()
+    for field in dataclasses.fields(script.Args):
+        kind = typing.get_type_hints(script.Args)[field.name]
+        kinds = {kind, *typing.get_args(kind)}
+        values = [-1] if int in kinds else [-1.0, math.nan, math.inf] if float in kinds else []
+        for value in values:
+            option = f"--{field.name.replace('_', '-')} {value}"
+            with pytest.raises(
+                SystemExit, match=f"^error: {option} must be (at least|above|between) [^\n]*$"
+            ):
+                check_arguments(dataclasses.replace(script.Args(), **{field.name: value}))
+            checked.add(field.name)
+    assert checked >= {"seed", "num_envs", "learning_rate", "checkpoint_interval"}
+    assert not is_qdagger(script) or checked >= {"distill_steps", "final_learning_rate"}  # None by default
+
+
+@pytest.fixture
+def help_text(script, monkeypatch, capsys) -> str:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
+    with pytest.raises(SystemExit) as end:
+        script.parse_arguments(script.Args)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def letters(text: str) -> str:
+    """Without frames, spaces and line breaks, which come in the middle of "50,000"."""
+    return re.sub(r"[│╭╮╰╯─|+\s]|-{3,}", "", text)
+
+
+def panels(text: str) -> dict[str, str]:
+    """What --help says under each heading, in order."""
+    description, *parts = re.split(r"^\W+((?:\w+ )?options) \W+$", text, flags=re.MULTILINE)
+    return {"description": description} | dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_help_begins_with_what_the_script_does_and_how_it_is_started(script, help_text):
+    description = panels(help_text)["description"]
+    assert letters(script.__doc__) in letters(description)
+    assert re.search(rf"^ +python cleanrl/{name_of(script)}\.py --env-id", description, re.MULTILINE)
+
+
+def test_help_groups_the_options_as_the_source_does(script, help_text):
+    learning = ["student", "teacher", "distillation"] if is_qdagger(script) else ["learning"]
+    groups = panels(help_text)
+    headings = [f"{group} options" for group in ("run", "environment", *learning)]
+    assert list(groups) == ["description", "options", *headings]
+    for name, group in [
+        ("resume", "run"),
+        ("num-envs", "environment"),
+        ("batch-size", learning[0]),
+        *([("teacher-steps", "teacher"), ("temperature", "distillation")] if is_qdagger(script) else []),
+    ]:
+        assert f"--{name} " in groups[f"{group} options"]
+
+
+def test_help_explains_every_option_and_its_default(script, help_text):
+    text = letters(help_text)
+    assert "default:None" not in text
+    for field in dataclasses.fields(script.Args):
+        option = f"--{field.name.replace('_', '-')}"
+        default = "" if field.default is None else f" (default: {field.default})"
+        explanation = letters(describe_options(script.Args)[field.name].help + default)
+        assert re.search(rf"{option},?\S{{0,30}}{re.escape(explanation)}", text), option

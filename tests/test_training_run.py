@@ -1,0 +1,352 @@
+"""A training run: when it makes checkpoints, how it ends, what it refuses to resume, and its curves."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import jax.numpy as jnp
+import pytest
+import torch
+from both_scripts import read_curves, run_python
+from replays import make_replay
+from torch import nn
+
+from cleanrl.utils.games.parallel_envs import WorkerError
+from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.run.checkpoint import newest_checkpoint
+from cleanrl.utils.run.folders import manifests
+from cleanrl.utils.run.options import RunOptions
+from cleanrl.utils.run.training_run import TrainingRun
+from cleanrl.utils.signals import Stopped
+
+LOSS = "losses/td_loss"
+
+
+@dataclass
+class Args(RunOptions):
+    exp_name: str = "test"
+    checkpoint_interval: float = 1e-9
+    env_id: str = "Pong"
+    repeat_action_probability: float = 0.0
+    learning_rate: float = 0.1
+    total_timesteps: int = 100
+    save_replay: Path | None = None
+
+
+@dataclass
+class State:
+    network: nn.Module = field(default_factory=lambda: nn.Linear(2, 1))
+    replay: ReplayBuffer = field(default_factory=lambda: make_replay(TorchFrames, 10, 2))
+    step: int = 0
+    gradient_steps: int = 0
+
+
+def start(script: str = "script.py", state: Any = None, **options: Any) -> TrainingRun:
+    return TrainingRun(Args(**options), Path(script), state or State(), gym.make, model="network")
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_run(**options: Any) -> Iterator[TrainingRun]:
+    """A run that is not finished at the end of the block."""
+    with suppress(Killed), start(**options) as run:
+        yield run
+        raise Killed
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def unfinished() -> Path:
+    """The folder of a run with a checkpoint at step 5."""
+    with killed_run() as run:
+        run.state.step = 5
+        run.checkpoint()
+    return run.folder
+
+
+def exit_code(run: TrainingRun, *actions: Callable[[], None]) -> str | int:
+    """With which a run ends that does these things; Python prints a text and exits with 1."""
+
+    def act() -> None:
+        with run:
+            for action in actions:
+                action()
+
+    with pytest.raises(SystemExit) as end:
+        act()
+    return end.value.code
+
+
+def saved_step(folder: Path) -> int:
+    return newest_checkpoint(folder).read_state()["state"]["step"]
+
+
+def refusal(**options: Any) -> str:
+    """The line with which a run is refused."""
+    with pytest.raises(SystemExit) as end:
+        start(**options)
+    assert end.value.code.startswith("error: ")
+    assert "\n" not in end.value.code
+    return end.value.code
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def test_the_first_checkpoint_is_made_at_once_and_the_next_after_the_interval():
+    for interval, expected in ((1e6, 1), (0.01, 2)):
+        with killed_run(checkpoint_interval=interval) as run:
+            for run.state.step in (1, 2):
+                run.checkpoint()
+                time.sleep(0.02)
+        assert saved_step(run.folder) == expected
+
+
+def test_without_an_interval_a_checkpoint_is_made_only_when_the_run_is_stopped():
+    with killed_run(checkpoint_interval=0) as run:
+        run.checkpoint()
+        assert manifests(run.folder) == []
+        signal.raise_signal(signal.SIGTERM)
+        run.state.step = 3
+        with pytest.raises(Stopped):
+            run.checkpoint()
+    assert saved_step(run.folder) == 3
+
+
+def test_a_resumed_run_is_where_the_checkpoint_was_made():
+    observations = torch.arange(2 * 4 * 84 * 84).reshape(2, 4, 84, 84).to(torch.uint8).numpy()
+    with killed_run() as run:
+        run.state.replay.start(observations)
+        run.state.step = 7
+        run.checkpoint()
+        run.state.step = 8
+    resumed = start(resume=str(run.folder)).state
+    assert resumed.step == 7
+    assert torch.equal(resumed.network.weight, run.state.network.weight)
+    slots = run.state.replay.num_slots * torch.arange(2).numpy()
+    assert (resumed.replay.observations(slots) == run.state.replay.observations(slots)).all()
+
+
+def test_a_state_that_cannot_be_saved_ends_the_run_before_it_has_a_folder():
+    with pytest.raises(TypeError, match=r"^Longer\.added cannot be saved"):
+        start(state=make_dataclass("Longer", ["added"])({1, 2}))
+    assert not Path("runs").exists()
+
+
+# ----------------------------------------------------------------------------------------- how it ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_the_model_a_line_and_its_status(capsys, number):
+    before = signal.getsignal(number)
+    run = start(checkpoint_interval=1e6)
+
+    def learn() -> None:  # what has begun when the signal comes
+        signal.raise_signal(number)
+        run.state.step, run.state.gradient_steps = 4, 2
+
+    assert exit_code(run, run.checkpoint, learn, run.checkpoint) == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}; resume it with --resume {run.folder}\n"
+    assert saved_step(run.folder) == 4
+    assert torch.load(run.folder / "test.cleanrl_model").keys() == {"weight", "bias"}
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (WorkerError("environment worker 7 died"), "error: environment worker 7 died"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: [Errno 28] No space left on device"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_run_that_fails_says_how_to_resume_it(fault, line):
+    def fail() -> None:
+        raise fault
+
+    run = start()
+    assert exit_code(run, fail) == f"{line}; there is no checkpoint"
+    assert not list(run.folder.glob("*.cleanrl_model"))  # nothing was learned
+    run = start()
+    assert exit_code(run, run.checkpoint, fail) == f"{line}; resume it with --resume {run.folder}"
+
+
+def test_a_finished_run_has_its_results_and_no_checkpoints(capsys):
+    with start() as run:
+        run.checkpoint()
+        run.save_model(run.state.network, "-offline")
+        run.finish([1.0, 4.0])
+    assert "final evaluation: mean return 2.50 over 2 games" in capsys.readouterr().out
+    assert read_curves(run.folder)["eval/episodic_return"] == [(0, 1.0), (1, 4.0)]
+    events, model = sorted(run.folder.iterdir())
+    assert events.name.startswith("events.out.tfevents.")
+    assert model.name == "test-offline.cleanrl_model"
+    assert refusal(resume=str(run.folder)).endswith("has no checkpoint: it has finished, or never started")
+
+
+def test_no_model_is_saved_if_none_is_to_be():
+    with killed_run(save_model=False) as run:
+        run.save_model(run.state.network)
+    assert not list(run.folder.glob("*.cleanrl_model"))
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+def test_another_scripts_run_is_refused(unfinished):
+    line = f"error: --resume {unfinished} is a run of script.py, not of other.py"
+    assert refusal(script="other.py", resume=str(unfinished)) == line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("env_id", "Breakout"), ("learning_rate", 0.2), ("seed", 2), ("exp_name", "x")]
+)
+def test_an_option_that_makes_it_another_run_is_refused_by_name(unfinished, option, value):
+    line = refusal(resume=str(unfinished), **{option: value})
+    name, before = option.replace("_", "-"), getattr(Args, option)
+    assert line.startswith(f"error: --{name} is {value}, but {unfinished} has {before}; leave the option out")
+
+
+def test_an_option_that_may_change_is_taken(unfinished):
+    changed = {"total_timesteps": 200, "checkpoint_interval": 1e-8, "save_replay": Path("replay")}
+    with killed_run(resume=str(unfinished), **changed) as run:
+        run.checkpoint()
+    options = newest_checkpoint(unfinished).options
+    assert (options["total_timesteps"], options["save_replay"]) == (200, "replay")
+
+
+def test_a_checkpoint_of_another_version_of_the_script_is_refused(unfinished):
+    longer = make_dataclass("State", [("added", int, 0)], bases=(State,))
+    assert refusal(state=longer(), resume=str(unfinished)) == (
+        f"error: --resume {unfinished}: checkpoint-000001.json is of another version of the script, whose"
+        " state differs in added; finish the run with the version that started it, or start again without"
+        " --resume"
+    )
+
+
+def test_a_checkpoint_of_another_network_is_refused(unfinished):
+    wider = State(network=nn.Linear(3, 1))
+    assert "whose state differs in network; finish the run" in refusal(state=wider, resume=str(unfinished))
+
+
+@pytest.mark.parametrize(
+    ("folder", "fault"), [("empty", "has no checkpoint"), ("nothing", "is not a folder")]
+)
+def test_a_folder_without_a_run_is_refused_and_left_alone(folder, fault):
+    Path("empty").mkdir()
+    assert refusal(resume=folder).startswith(f"error: --resume {folder} {fault}")
+    assert list(Path().rglob("*")) == [Path("empty")]
+
+
+def test_a_run_is_locked_against_other_processes_until_it_ends(unfinished):
+    program = "from pathlib import Path; from cleanrl.utils.run.folders import lock_run; lock_run(Path({!r}))"
+    line = f"error: another process is running {unfinished}; wait until it has ended"
+    with killed_run(resume=str(unfinished)):
+        other = run_python(Path(), "-c", program.format(str(unfinished)))
+        assert other == (1, "", f"{line}\n")
+        assert refusal(resume=str(unfinished)) == line
+    assert start(resume=str(unfinished)).state.step == 5
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(unfinished):
+    (unfinished / "checkpoints" / "lock").unlink(missing_ok=True)
+    (unfinished / "checkpoints" / "lock").mkdir()
+    assert " cannot be written to (Is a directory); " in refusal(resume=str(unfinished))
+    for path in (unfinished / "checkpoints").iterdir():
+        path.rmdir() if path.is_dir() else path.unlink()
+    unfinished.rename("elsewhere")
+    Path("runs").rmdir()
+    Path("runs").touch()
+    assert " cannot be written to (Not a directory); start in another folder" in refusal()
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def test_values_of_both_frameworks_are_plotted_in_their_order():
+    with start() as run:
+        for step, value in enumerate([1.0, torch.tensor(2.0), jnp.float32(3.0)]):
+            run.plot({LOSS: value, "charts/epsilon": step}, 10 * step)
+    curves = read_curves(run.folder)
+    assert curves[LOSS] == [(0, 1.0), (10, 2.0), (20, 3.0)]
+    assert curves["charts/epsilon"] == [(0, 0.0), (10, 1.0), (20, 2.0)]
+
+
+def test_a_tag_that_no_page_explains_is_an_error():
+    with killed_run() as run, pytest.raises(KeyError, match="losses/new is not among the tags"):
+        run.plot({"losses/new": 1.0}, 0)
+
+
+@pytest.mark.parametrize("loss", [float("inf"), torch.tensor(torch.nan)])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_or_model_is_written(loss):
+    with killed_run() as run:
+        run.plot({LOSS: 1.0}, 100)
+        run.checkpoint()
+        for write in (run.checkpoint, lambda: run.save_model(run.state.network), lambda: run.plot({}, 300)):
+            run.state.step = 9
+            run.plot({LOSS: loss, "losses/q_values": loss}, 200)
+            with pytest.raises(SystemExit, match=r"^error: losses/td_loss is (inf|nan) at step 200; try "):
+                write()
+    assert saved_step(run.folder) == 0
+    assert not list(run.folder.glob("*.cleanrl_model"))
+
+
+def test_a_resumed_runs_curves_have_each_point_once(capsys):
+    with killed_run() as run:
+        run.plot({LOSS: 1.0}, 1)
+        run.checkpoint()
+        run.plot({LOSS: 2.0}, 2)
+        run.plot({LOSS: 3.0}, 3)
+    assert read_curves(run.folder)[LOSS] == [(1, 1.0), (2, 2.0)]
+    for value in (4.0, 5.0):
+        with killed_run(resume=str(run.folder)) as resumed:
+            resumed.plot({LOSS: value}, 2)
+            if value == 5.0:
+                resumed.checkpoint()
+            resumed.plot({LOSS: 6.0}, 3)
+            resumed.plot({LOSS: 6.0}, 4)
+    start(resume=str(run.folder))
+    assert read_curves(run.folder)[LOSS] == [(1, 1.0), (2, 5.0)]
+    assert capsys.readouterr().err == ""
+
+
+def test_curves_that_are_lost_are_missed(unfinished, capsys):
+    for path in unfinished.glob("events.*"):
+        os.truncate(path, 10)
+    start(resume=str(unfinished))
+    assert f"warning: {path} lacks some of the run's curves" in capsys.readouterr().err
+
+
+def test_while_the_curves_do_not_fit_on_the_disk_there_is_no_checkpoint_that_lacks_them(monkeypatch, capsys):
+    fsync = os.fsync
+
+    def full_for_events(descriptor: int) -> None:
+        if "events." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with killed_run() as run:
+        run.checkpoint()
+        run.state.step = 1
+        run.plot({LOSS: 1.0}, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full_for_events)
+            run.checkpoint()
+        assert "No space left on device" in capsys.readouterr().err
+    resumed = start(resume=str(run.folder))
+    assert resumed.state.step == len(read_curves(run.folder).get(LOSS, [])) == 0
