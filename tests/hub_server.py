@@ -64,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "silent":
             server.stopped.wait()
             return
+        if mode == "busy_once" and "/resolve/" in self.path:
+            server.mode, mode = "ok", "server_error"
         if mode in ERRORS or self.path.startswith("/api/"):  # the client's telemetry
             status, code = ERRORS.get(mode, (404, None))
             self.send_response(status)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ("dqn_atari", "dqn_atari_jax", "qdagger_dqn_atari_impalacnn", "qdagger_dqn_atari_jax_impalacnn")
-GAME_FRAMES = 60  # of an evaluation game, here
+MAX_GAME_FRAMES, GAME_FRAMES = 108_000, 60  # of a game; of an evaluation game, here
 KILLED = -signal.SIGKILL
 COMMON = [
     "--env-id", "PongNoFrameskip-v4", "--repeat-action-probability", "0.25", "--num-envs", "2",
@@ -216,12 +216,9 @@ class Server:
 
 def serve(script: str) -> None:
     module = importlib.import_module(f"cleanrl.{script}")
-    for change in [*shortened(module), *simplified(module)]:
+    for change in [*shortened(module), *simplified(module), *forked(module)]:
         setattr(*change)
     importlib.import_module("torch._dynamo")  # or every run would: half of its time
-    fork = multiprocessing.get_context("fork")  # environments' processes that need no time to start
-    multiprocessing.get_context = lambda method: fork
-    multiprocessing.get_all_start_methods = lambda: ["fork"]
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -349,6 +346,25 @@ def simplified(module: ModuleType) -> list[Change]:
     return [
         (module, "StudentNetwork", SmallNetwork),
         (module, "load_teacher", lambda args, num_actions, device: teacher),
+    ]
+
+
+def forked(module: ModuleType) -> list[Change]:
+    """What has every environment play in a fork of this process, and be made only once, before it forks."""
+    from cleanrl.utils.games import parallel_envs
+
+    fork, make_env = multiprocessing.get_context("fork"), functools.cache(module.make_env)
+    for max_game_frames in (MAX_GAME_FRAMES, GAME_FRAMES):
+        make_env("PongNoFrameskip-v4", 0.25, max_game_frames)
+
+    def made_env(env_id: str, repeat: float, max_game_frames: int = MAX_GAME_FRAMES, video_folder: None = None):
+        return make_env(env_id, repeat, max_game_frames)
+
+    return [
+        (module, "make_env", made_env),
+        (parallel_envs, "available_cores", lambda: 2),  # one for each, or they would be the same
+        (multiprocessing, "get_context", lambda method: fork),
+        (multiprocessing, "get_all_start_methods", lambda: ["fork"]),
     ]
 
 

@@ -86,7 +86,7 @@ def test_a_failure_is_a_one_line_error(name, outcomes):
     assert outcome.elapsed_s < 30
 
 
-@pytest.mark.parametrize("mode", ["ok", "redirect"])
+@pytest.mark.parametrize("mode", ["ok", "redirect", "busy_once"])
 def test_good_download(mode, tmp_path):
     with HubServer(CONTENT, mode) as server:
         outcome = run_download(server.url, tmp_path, HF_TOKEN="hf_secret")
