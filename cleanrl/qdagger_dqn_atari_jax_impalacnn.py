@@ -141,7 +141,6 @@ class Args(RunOptions):
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
 
 
-
 # ------------------------------------------------------------------------------------------- environment
 
 
@@ -274,7 +273,6 @@ def make_env(
     return FrameStack(env)
 
 
-
 # ---------------------------------------------------------------------------------------------- networks
 
 
@@ -358,7 +356,6 @@ class QFunction:
         return self.network.apply(self.params, observations)
 
 
-
 # ----------------------------------------------------------------------------------------------- teacher
 
 
@@ -377,7 +374,6 @@ def load_teacher(args: Args, num_actions: int, device: jax.Device) -> QFunction:
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     weights = fit_weights(read_weights(path), like=flatten(shapes), source=str(path))
     return QFunction(jax.device_put(unflatten(weights), device), network)
-
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -432,7 +428,6 @@ def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
         return linear_schedule(args.start_e, args.end_e, args.exploration_steps, online_steps)
     duration = args.exploration_fraction * args.total_timesteps
     return linear_schedule(args.start_e, args.end_e, duration, args.offline_steps + np.asarray(online_steps))
-
 
 
 # ---------------------------------------------------------------------------------------------- learning

@@ -43,6 +43,12 @@ def dqn(request) -> ModuleType:
     return importlib.import_module(f"cleanrl.{request.param}")
 
 
+@pytest.fixture(params=[QDAGGER[0], DQN[0]])
+def algorithm(request) -> ModuleType:
+    """Each algorithm's PyTorch script, for what is the same text in JAX: see test_same_text.py."""
+    return importlib.import_module(f"cleanrl.{request.param}")
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch) -> Callable[..., Path]:
     """Runs a script's `main` with a tiny network, in a folder of its own; returns the run's folder.

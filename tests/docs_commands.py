@@ -1,10 +1,10 @@
-"""The commands that stand in README and docs, and how each kind of them is tried.
+"""The commands in README and docs, and how each kind of them is tried.
 
 A ```bash block holds commands, one a line; so does a piece of text in backticks that starts with a program.
-A block whose title is one of MARKS is not run, but what can be checked without running it is. The others run
-block by block, each in a folder that looks like a checkout, smaller than documented: with the options of
-TINY behind the documented ones (the last one counts), on Pong, with evaluation games cut short, against a
-local server instead of the Hub. An installation is not tried here but by `.ci/run`, which makes one.
+A block whose title is one of MARKS is only checked, as far as that is possible without running it. The others
+run block by block, each in a folder that looks like a checkout, smaller than documented: with the options of
+TINY after the documented ones (the last one counts), on Pong, with short evaluation games, against a local
+server instead of the Hub. Installations are left to `.ci/run`, which makes one.
 """
 
 import functools
@@ -26,27 +26,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
+import both_scripts
 import tyro
+from both_scripts import ROOT
 from hub_server import HubServer
 
-from cleanrl import dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
-from cleanrl.utils.command_line import check_arguments
+from cleanrl import enjoy
+from cleanrl.utils.benchmark import __main__ as many_runs
+from cleanrl.utils.command_line import check_arguments, parse
 from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.hub import publish
 from cleanrl.utils.hub.download import teacher_filename
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, unflatten
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKS = {"needs a GPU", "needs the network"}
-SCRIPTS: dict[str, ModuleType] = {
-    Path(script.__file__).name: script
-    for script in (dqn_atari, dqn_atari_jax, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn)
-}
+SCRIPTS = {Path(script.__file__).name: script for script in both_scripts.SCRIPTS}
 TIMEOUT_S = 300
 
 GAME = "PongNoFrameskip-v4"
@@ -93,7 +93,7 @@ OTHER_HOST = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """Commands that stand together; each is its words, as a shell would see them."""
+    """Commands of one block; each is its words, as a shell would see them."""
 
     page: str
     line: int
@@ -109,14 +109,18 @@ class Block:
         return any("--save-replay" in words for words in self.commands)
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 def fences(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line, what stands behind the backticks, and content of each fenced block of a page."""
+    """Line, info string and content of each fenced block of a page."""
     for match in FENCE.finditer(text):
         yield text.count("\n", 0, match.start()) + 1, match["info"].strip(), match["content"]
 
 
 def split(line: str) -> Iterator[tuple[str, ...]]:
-    """The commands of a line, without what says where Python lies."""
+    """The commands of a line, without the path of the virtual environment or `poetry run`."""
     for command in line.split(" && "):
         words = shlex.split(command, comments=True)
         words = words[2:] if words[:2] == ["poetry", "run"] else words
@@ -129,17 +133,17 @@ def read_pages(pages: list[Path]) -> list[Block]:
     """The blocks of all pages, then the commands in their text, a block each."""
     blocks, in_text = [], []
     for page in pages:
-        text = page.read_text("utf-8")
+        name, text = name_of(page), page.read_text("utf-8")
         for line, info, content in fences(text):
             if title := TITLE.fullmatch(info):
                 lines = content.replace("\\\n", " ").splitlines()
                 commands = tuple(command for line in lines for command in split(line))
-                blocks.append(Block(page.name, line, title["title"], commands))
+                blocks.append(Block(name, line, title["title"], commands))
         prose = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
         for span in INLINE.finditer(prose):
             if PROGRAM.match(code := " ".join(span[1].split())):
                 line = prose.count("\n", 0, span.start()) + 1
-                in_text.append(Block(page.name, line, None, tuple(split(code))))
+                in_text.append(Block(name, line, None, tuple(split(code))))
     return blocks + in_text
 
 
@@ -151,10 +155,10 @@ class Place:
     """A folder that looks like a checkout, for one block.
 
     Args:
-        folder: new.
-        checkout: a copy, to which it has links.
+        folder: a new one.
+        checkout: a copy of the checkout, to which it has links.
         hubs: servers of a teacher, by the kind of its file.
-        sources: where replays have been saved that this block may need.
+        sources: places where replays were saved that this block may need.
     """
 
     folder: Path
@@ -191,7 +195,7 @@ class Place:
         )
 
     def run(self, *words: str, hub: str = "torch", folder: Path | None = None) -> str:
-        """Runs a command to its end, which must be a good one; returns what it printed."""
+        """Runs a command, which must succeed; returns what it printed."""
         process = self.start(*words, hub=hub, folder=folder)
         try:
             output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -202,7 +206,7 @@ class Place:
         return output
 
     def serve(self, words: list[str], port: int, path: str, is_answer: Callable[[bytes], bool]) -> None:
-        """Runs a command that serves pages until it is stopped, and waits for an answer."""
+        """Runs a command that serves pages until it is stopped, and waits for the right answer."""
         process = self.start(*words)
         deadline = time.monotonic() + TIMEOUT_S
         try:
@@ -222,7 +226,7 @@ class Place:
 
 
 def make_checkout(folder: Path) -> Path:
-    """A copy of what is here, so that no command changes it; and beside it the short games."""
+    """A copy of the checkout, so that no command changes it; and beside it the short games."""
     checkout = folder / "checkout"
     for name in ("cleanrl", "docs", "requirements", "tests"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -270,8 +274,8 @@ def free_port() -> int:
 class Rule(NamedTuple):
     """How a kind of command is tried.
 
-    `check` says what can be said of it without running it, by an assertion. `run` runs it in a place; None
-    where that is not done, and `why_not` says why.
+    `check` asserts what can be known without running it. `run` runs it in a place; None where that is not
+    done, and `why_not` says why.
     """
 
     pattern: str
@@ -281,11 +285,17 @@ class Rule(NamedTuple):
 
 
 def anything(words: list[str]) -> None:
-    """Nothing can be said of it without running it."""
+    """Nothing can be known without running it."""
 
 
 def as_it_is(words: list[str], place: Place) -> None:
     place.run(*words)
+
+
+def read_options(args_type: type, options: Sequence[str]) -> Any:
+    """As the program itself reads its command line."""
+    with mock.patch.object(sys, "argv", ["program", *options]):
+        return parse(args_type)
 
 
 def run_ruff(words: list[str], place: Place) -> None:
@@ -307,7 +317,7 @@ def check_poetry(words: list[str]) -> None:
 
 
 def tiny_training(words: Sequence[str]) -> list[str]:
-    """The options to put behind those of a training script."""
+    """The options to put after those of a training script."""
     options = [*TINY, *TINY_TEACHER] if "qdagger" in words[1] else list(TINY)
     if "--teacher-model-path" in words:
         options += ["--teacher-model-path", TEACHER]
@@ -315,12 +325,12 @@ def tiny_training(words: Sequence[str]) -> list[str]:
 
 
 def tiny_options(words: Sequence[str]) -> list[str]:
-    """A training script's options, and those to put behind them."""
+    """A training script's options, and those to put after them."""
     return [*words[2:], "--env-id", GAME, *tiny_training(words)]
 
 
 def read_args(words: Sequence[str], options: list[str]) -> Any:
-    return tyro.cli(SCRIPTS[Path(words[1]).name].Args, args=options)
+    return read_options(SCRIPTS[Path(words[1]).name].Args, options)
 
 
 def check_script(words: list[str]) -> None:
@@ -351,7 +361,7 @@ def run_script(words: list[str], place: Place) -> None:
     assert "mean return" in output
     assert list(run_folder.glob("events.out.tfevents.*"))
     assert (run_folder / f"{args.exp_name}.cleanrl_model").exists() == args.save_model
-    assert not (run_folder / "checkpoints").exists()  # it has come to its end
+    assert not (run_folder / "checkpoints").exists()  # it has finished
     if needs_hub:
         requested = {path for _, path, _ in place.hubs[hub].requests}
         assert f"/{repo}/resolve/main/{teacher_filename(repo, args.teacher_model_exp_name)}" in requested
@@ -372,6 +382,7 @@ def training_commands(words: list[str]) -> dict[int, list[str]]:
 
 
 def check_many_runs(words: list[str]) -> None:
+    read_options(many_runs.Args, words[3:])
     commands = training_commands(words)
     assert commands
     for training in commands.values():
@@ -394,6 +405,10 @@ def run_report(words: list[str], place: Place) -> None:
     place.run(*words, "--bootstrap-samples", "50")
     output = words[words.index("--output") + 1] if "--output" in words else "report"
     assert (place.folder / output / "report.html").stat().st_size
+
+
+def check_enjoy(words: list[str]) -> None:
+    read_options(enjoy.Args, words[3:] if words[1] == "-m" else words[2:])
 
 
 def run_enjoy(words: list[str], place: Place) -> None:
@@ -428,8 +443,12 @@ def run_mkdocs_serve(words: list[str], place: Place) -> None:
     place.serve([*words, "--dev-addr", f"127.0.0.1:{port}"], port, "", lambda answer: title in answer)
 
 
+def check_publish(words: list[str]) -> None:
+    tyro.cli(publish.Args, args=words[3:])
+
+
 def check_benchmark(words: list[str]) -> None:
-    """Its options are read, and its main not called."""
+    """Reads its options without calling its main."""
     module = importlib.import_module(Path(words[1]).stem)
 
     @functools.wraps(module.main)
@@ -449,8 +468,12 @@ def run_kill_storm(words: list[str], place: Place) -> None:
 
 
 def check_pytest(words: list[str]) -> None:
-    for word in words[3:]:
-        assert word.startswith("-") or (ROOT / word).exists()
+    options = iter(words[3:])
+    for word in options:
+        if word == "-m":
+            assert next(options) in ("slow", "not slow")
+        else:
+            assert word.startswith("-") or (ROOT / word).exists()
 
 
 RULES = [
@@ -458,10 +481,11 @@ RULES = [
     Rule(r"pip install (-r \S+ ?)+", check_pip, None, "an installation is what .ci/run makes"),
     Rule(r"poetry install( -E .+)*", check_poetry, None, "an installation is what .ci/run makes"),
     Rule(r"python -m pytest\b.*", check_pytest, None, "it is these tests"),
+    Rule(r"python (-m cleanrl\.enjoy|cleanrl/enjoy\.py)\b.*", check_enjoy, run_enjoy),
     Rule(r"python cleanrl/\w+\.py\b.*", check_script, run_script),
     Rule(r"python -m cleanrl\.utils\.benchmark\b.*", check_many_runs, run_many_runs),
     Rule(r"python -m cleanrl\.utils\.report\b.*", anything, run_report),
-    Rule(r"python (-m cleanrl\.enjoy|cleanrl/enjoy\.py)\b.*", anything, run_enjoy),
+    Rule(r"python -m cleanrl\.utils\.hub\.publish\b.*", check_publish, None, "it needs a finished run"),
     Rule(r"tensorboard .*", anything, run_tensorboard),
     Rule(r"mkdocs serve", anything, run_mkdocs_serve),
     Rule(r"mkdocs build --strict", anything, run_mkdocs_build),
@@ -483,15 +507,20 @@ def rule_for(words: tuple[str, ...]) -> Rule:
 
 
 def what_is_tried(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The same for two commands if trying one of them is enough."""
+    """The same for two commands if trying one of them is enough: for runs that differ in numbers alone."""
     if words[0] == "python" and Path(words[1]).name in SCRIPTS:
         with suppress(SystemExit):  # an option that it does not have: the check says so
-            return (words[1], str(read_args(words, tiny_options(words))))
+            options = vars(read_args(words, tiny_options(words)))
+            return (words[1], *(f"{name} {value}" for name, value in options.items() if not is_number(value)))
     return words
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def to_run(blocks: list[Block]) -> list[Block]:
-    """What is left to run of them when everything is tried once; first the blocks that others need."""
+    """What remains to be run if everything is tried once; first the blocks that others need."""
     left, tried = [], set()
     for block in blocks:
         commands = []

@@ -136,14 +136,14 @@ def shorten_games(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replace_games(monkeypatch: pytest.MonkeyPatch, game_return: float = 1.0) -> None:
-    """Has every TrainingRun play games that take no time: some of each finish, each with the same return."""
+    """Has every TrainingRun play games that take no time; in an evaluation each has the same return."""
 
     def evaluate(make_env: Callable, q_values: Callable, episodes: int, **settings: Any) -> list[float]:
         settings["before_step"]()
         return [game_return] * episodes
 
     monkeypatch.setattr(training_run, "evaluate", evaluate)
-    monkeypatch.setattr(training_run, "ParallelEnvs", lambda env_fns: NoGame(len(env_fns), game_length=5))
+    monkeypatch.setattr(training_run, "ParallelEnvs", lambda env_fns: RandomGame(len(env_fns), game_length=5))
 
 
 class NoRun:

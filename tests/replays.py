@@ -131,6 +131,18 @@ def filled(replay: ReplayBuffer, stream: Stream) -> ReplayBuffer:
     return replay
 
 
+class ImpatientGenerator:
+    """A generator of random numbers that a loop without end cannot draw from."""
+
+    def __init__(self):
+        self.rng, self.draws_left = np.random.default_rng(0), 100
+
+    def integers(self, *arguments, **settings) -> np.ndarray:
+        assert self.draws_left, "drawing does not end"
+        self.draws_left -= 1
+        return self.rng.integers(*arguments, **settings)
+
+
 def to_numpy(batch: Batch) -> Batch:
     arrays = (np.asarray(values) for values in batch if values is not None)
     return Batch(*arrays)

@@ -165,24 +165,24 @@ def test_the_target_network_moves_by_tau(script, monkeypatch):
         assert all((array == 3.0).all() for array in weights(network(state)).values())
 
 
-def test_offline_learning_brings_the_student_to_its_teacher(qdagger):
+def test_offline_learning_brings_the_student_to_its_teacher():
     kernel, bias = random_linear(np.random.default_rng(0))
-    teacher = linear_network(qdagger, kernel / 8, bias)
     happened = rehearse(
-        qdagger,
+        TORCH,
         8,
         RandomGame,
-        teacher,
-        start=linear_weights(qdagger, 0 * kernel, 0 * bias),
+        teacher=linear_network(TORCH, kernel / 8, bias),
+        start=linear_weights(TORCH, 0 * kernel, 0 * bias),
         loss_interval=10,
         teacher_steps=400,
-        offline_steps=200,
-        offline_eval_frequency=200,
+        offline_steps=150,
         total_timesteps=8,
+        batch_size=32,
         learning_rate=1e-2,
+        distill_weight=3.0,  # the rewards here say nothing
     )
     distill_losses = happened.values("charts/offline/distill_loss")
-    assert distill_losses[-3:].mean() < 0.5 * distill_losses[0]
+    assert distill_losses[-3:].mean() < 0.6 * distill_losses[0]
 
 
 class WhichActionGame(NoGame):
@@ -207,17 +207,17 @@ class WhichActionGame(NoGame):
         return super().step_wait()._replace(observations=self.observations, rewards=rewards)
 
 
-def test_it_learns_which_action_an_observation_asks_for(script):
-    options = {"gamma": 0.0, "learning_rate": 1e-2, "total_timesteps": 1600, "learning_starts": 100}
-    options |= {"train_frequency": 2, "buffer_size": 1600, "exploration_fraction": 0.1}
-    if is_qdagger(script):
+def test_it_learns_which_action_an_observation_asks_for(algorithm):
+    options = {"gamma": 0.0, "learning_rate": 1e-2, "total_timesteps": 1200, "learning_starts": 100}
+    options |= {"train_frequency": 2, "exploration_fraction": 0.1}
+    if is_qdagger(algorithm):
         options |= {"offline_steps": 1, "distill_weight": 0.0}  # its teacher knows nothing
     kernel, bias = random_linear(np.random.default_rng(0))
-    start = linear_weights(script, kernel / 8, bias)
-    happened = rehearse(script, 4, WhichActionGame, start=start, loss_interval=100, **options)
+    start = linear_weights(algorithm, kernel / 8, bias)
+    happened = rehearse(algorithm, 4, WhichActionGame, start=start, loss_interval=100, **options)
     rewards = happened.run.games.rewards
     assert np.mean(rewards[:100]) < 0.4
-    assert np.mean(rewards[-400:]) > 0.9
+    assert np.mean(rewards[-200:]) > 0.9
 
 
 # ---------------------------------------------------------------------------------------------- networks

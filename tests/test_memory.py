@@ -3,9 +3,18 @@
 import re
 
 import pytest
+from large_replay import MadeFrames
 
+from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
 from cleanrl.utils.replay import memory
-from cleanrl.utils.replay.memory import GPU_BYTES, PROCESS_BYTES, WORKER_BYTES, place_replay_buffer
+from cleanrl.utils.replay.memory import (
+    GPU_BYTES,
+    PROCESS_BYTES,
+    WORKER_BYTES,
+    place_replay_buffer,
+    plan_replay,
+    plan_replays,
+)
 
 GB = 10**9
 BESIDE = PROCESS_BYTES + 2 * WORKER_BYTES
@@ -41,15 +50,10 @@ def test_the_buffer_goes_where_it_fits(place, choice, host_gb, gpu_gb, expected)
 @pytest.mark.parametrize(
     ("choice", "host_gb", "gpu_gb", "words"),
     [
-        (
-            "auto",
-            3.5,
-            None,
-            ["1,000,000 frames needs 3.50 GB more host memory", "use --buffer-size 495000"],
-        ),
+        ("auto", 3.5, None, ["1,000,000 frames needs 3.50 GB more host memory", "--buffer-size 495000"]),
         ("auto", 3.5, 6, ["3.50 GB more host memory"]),
         ("cuda", 8, 3.5, ["3.50 GB more GPU memory", "--buffer-size 495000 or --buffer-device cpu"]),
-        ("cuda", 8, None, ["--buffer-device cuda needs a GPU", "use --buffer-device cpu"]),
+        ("cuda", 8, None, ["--buffer-device cuda needs a usable GPU", "use --buffer-device cpu"]),
         ("cpu", -1, None, ["8.00 GB more host memory", "free some memory"]),
     ],
 )
@@ -59,6 +63,51 @@ def test_what_fits_nowhere_is_refused_with_a_remedy(place, choice, host_gb, gpu_
     message = str(stop.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+class PlacedFrames(MadeFrames):
+    """As of a framework whose GPU has as much room as 100,000 frames need."""
+
+    def __init__(self, num_slots: int, device: str):
+        super().__init__(num_slots)
+        self.device = device
+
+    @staticmethod
+    def host() -> str:
+        return "host"
+
+    @staticmethod
+    def free_memory(device: str) -> int | None:
+        return GPU_BYTES + 100_000 * 7200 if device == "gpu" else None
+
+
+@pytest.mark.parametrize(
+    ("buffer_size", "device", "expected"),
+    [(100_000, "gpu", "gpu"), (110_000, "gpu", "host"), (100_000, "host", "host")],
+)
+def test_the_frames_lie_on_the_training_device_if_they_fit_else_on_the_host(buffer_size, device, expected):
+    qdagger_args = qdagger_dqn_atari_impalacnn.Args(buffer_size=buffer_size)
+    planned = [plan_replay(dqn_atari.Args(buffer_size=buffer_size), PlacedFrames, device)]
+    planned += plan_replays(qdagger_args, 18, PlacedFrames, device)
+    assert len(planned) == 3
+    for replay in planned:
+        assert replay.frames is None
+        replay.allocate()
+        assert replay.frames.device == expected
+        assert buffer_size <= replay.frames.num_slots < buffer_size + 100
+
+
+@pytest.mark.parametrize(
+    ("teacher_steps", "total_timesteps", "largest"),
+    [(20_000, 10_000, 22_000), (10_000, 20_000, 22_000), (10_000, 100_000, 30_000)],
+)
+def test_the_larger_of_qdaggers_buffers_is_planned_for_which_holds_its_steps_at_most(
+    capsys, teacher_steps, total_timesteps, largest
+):
+    options = {"teacher_steps": teacher_steps, "total_timesteps": total_timesteps, "buffer_size": 30_000}
+    plan_replays(qdagger_dqn_atari_impalacnn.Args(**options), 18, PlacedFrames, "host")
+    stated = float(re.search(r"memory: ([\d.]+) GB of host memory", capsys.readouterr().out)[1])
+    assert stated == pytest.approx(largest * 7137 / GB, abs=0.011)
 
 
 def test_the_size_that_is_advised_fits(place, monkeypatch):

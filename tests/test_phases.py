@@ -1,4 +1,7 @@
-"""When things happen: gradient steps, target updates, ε, λ, points of curves. Games take no time here."""
+"""When things happen: gradient steps, target updates, ε, λ, points of curves. Games take no time here.
+
+What needs no framework is the same text in PyTorch and JAX (test_same_text.py), and tested in PyTorch.
+"""
 
 from contextlib import ExitStack
 from functools import partial
@@ -6,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, JAX, is_qdagger, name_of
+from both_scripts import DQN_JAX, JAX, TORCH, is_qdagger, name_of
 from rehearsal import NoGame, rehearsal_args, rehearse, td_losses_by_the_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,17 +45,17 @@ def test_gradient_steps_and_target_updates_come_when_the_rules_say(script, num_e
         np.testing.assert_allclose([loss for _, loss in points], offline[2::3], rtol=1e-4)
 
 
-def test_rewards_of_n_steps_reach_the_loss(qdagger):
-    happened = rehearse(qdagger, 8, partial(NoGame, reward=0.25), n_step=3)
-    offline, online = td_losses_by_the_rules(rehearsal_args(qdagger, 8, n_step=3), reward=0.25)
+def test_rewards_of_n_steps_reach_the_loss():
+    happened = rehearse(TORCH, 8, partial(NoGame, reward=0.25), n_step=3)
+    offline, online = td_losses_by_the_rules(rehearsal_args(TORCH, 8, n_step=3), reward=0.25)
     np.testing.assert_allclose(happened.values("charts/offline/q_loss"), offline, rtol=1e-4)
     np.testing.assert_allclose(happened.points["losses/td_loss"], online, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_envs", [1, 8])
-def test_epsilon_and_the_gradient_steps_do_not_depend_on_the_number_of_environments(script, num_envs):
-    happened = rehearse(script, num_envs)
-    before = 30 if is_qdagger(script) else 0  # ε has been falling since the offline phase began
+def test_epsilon_and_the_gradient_steps_do_not_depend_on_the_number_of_environments(algorithm, num_envs):
+    happened = rehearse(algorithm, num_envs)
+    before = 30 if is_qdagger(algorithm) else 0  # ε has been falling since the offline phase began
     expected = [max(0.01, 1 - 0.99 * (before + step) / 120) for step in range(240)]
     np.testing.assert_allclose(happened.epsilon, expected)
     assert happened.points["charts/epsilon"] == [(before + 240, pytest.approx(0.01))]
@@ -61,66 +64,66 @@ def test_epsilon_and_the_gradient_steps_do_not_depend_on_the_number_of_environme
     assert steps == [step for step in range(241) if step > 50 and step % 4 == 0]
 
 
-def test_epsilon_falls_from_start_to_end_while_the_teacher_plays(qdagger):
-    happened = rehearse(qdagger, 8, start_e=0.9, end_e=0.3)
+def test_epsilon_falls_from_start_to_end_while_the_teacher_plays():
+    happened = rehearse(TORCH, 8, start_e=0.9, end_e=0.3)
     np.testing.assert_allclose(happened.teacher_epsilon, [0.9 - 0.6 * step / 48 for step in range(48)])
 
 
-def test_epsilon_falls_within_exploration_steps_of_the_online_phase(qdagger):
-    happened = rehearse(qdagger, 8, exploration_steps=80)
+def test_epsilon_falls_within_exploration_steps_of_the_online_phase():
+    happened = rehearse(TORCH, 8, exploration_steps=80)
     np.testing.assert_allclose(happened.epsilon, [max(0.01, 1 - 0.99 * step / 80) for step in range(240)])
 
 
-def test_actions_are_random_with_epsilon_and_else_the_networks_best(script):
-    greedy = rehearse(script, 8, start_e=0.0, end_e=0.0)
+def test_actions_are_random_with_epsilon_and_else_the_networks_best(algorithm):
+    greedy = rehearse(algorithm, 8, start_e=0.0, end_e=0.0)
     assert set(np.ravel(greedy.actions)) == {0}  # all are as good: the first
-    assert not is_qdagger(script) or set(np.ravel(greedy.teacher_actions)) == {5}
-    random = rehearse(script, 8, start_e=1.0, end_e=1.0)
+    assert not is_qdagger(algorithm) or set(np.ravel(greedy.teacher_actions)) == {5}
+    random = rehearse(algorithm, 8, start_e=1.0, end_e=1.0)
     assert np.bincount(np.ravel(random.actions), minlength=6).min() > 20
-    assert not is_qdagger(script) or len(set(np.ravel(random.teacher_actions))) == 6
+    assert not is_qdagger(algorithm) or len(set(np.ravel(random.teacher_actions))) == 6
 
 
-def test_each_environment_explores_with_its_own_epsilon(script):
+def test_each_environment_explores_with_its_own_epsilon():
     q_values = np.eye(6, dtype=np.float32)[[4] * 1000]
-    actions = script.explore(np.random.default_rng(0), np.repeat([0.0, 1.0], 500), q_values)
+    actions = TORCH.explore(np.random.default_rng(0), np.repeat([0.0, 1.0], 500), q_values)
     assert (actions[:500] == 4).all()
     assert np.bincount(actions[500:], minlength=6).min() > 50
-    half = script.explore(np.random.default_rng(0), np.full(1000, 0.5), q_values)
+    half = TORCH.explore(np.random.default_rng(0), np.full(1000, 0.5), q_values)
     assert np.mean(half == 4) == pytest.approx(1 / 2 + 1 / 12, abs=0.05)
 
 
-def test_the_phases_play_different_games(qdagger):
-    seeds = [tuple(seed) for which in (1, 2) for seed in rehearse(qdagger, 8, seed=which).run.seeds]
+def test_the_phases_play_different_games():
+    seeds = [tuple(seed) for which in (1, 2) for seed in rehearse(TORCH, 8, seed=which).run.seeds]
     assert len(seeds) == len(set(seeds)) == 4
 
 
-def test_the_coefficient_follows_the_finished_games(qdagger):
+def test_the_coefficient_follows_the_finished_games():
     # Each of 2 environments finishes a game every 15 steps: the tenth game ends after 150 steps.
     games = partial(NoGame, game_length=15, game_return=4.5)  # and 5.5: 5 on average, a quarter of G_T
-    happened = rehearse(qdagger, 2, games)
+    happened = rehearse(TORCH, 2, games)
     expected = [1.0 if step < 150 else 0.75 for step in range(52, 241, 4)]
     np.testing.assert_allclose(happened.coefficients(), expected, atol=1e-5)
     assert happened.points["charts/distill_coeff"] == [(30 + 240, pytest.approx(0.75))]
 
 
-def test_distill_steps_end_the_distillation(qdagger):
+def test_distill_steps_end_the_distillation():
     # Between two gradient steps of the same environment step.
-    happened = rehearse(qdagger, 8, distill_steps=206)
+    happened = rehearse(TORCH, 8, distill_steps=206)
     expected = [float(step < 206) for step in range(52, 241, 4)]
     np.testing.assert_allclose(happened.coefficients(), expected, atol=1e-5)
 
 
-def test_games_are_plotted_at_the_step_of_their_environment(script):
-    happened = rehearse(script, 3, partial(NoGame, game_length=40, game_return=7.0))
-    before = 30 if is_qdagger(script) else 0
+def test_games_are_plotted_at_the_step_of_their_environment(algorithm):
+    happened = rehearse(algorithm, 3, partial(NoGame, game_length=40, game_return=7.0))
+    before = 30 if is_qdagger(algorithm) else 0
     expected = [(before + 120 * game - 3 + i + 1, 7.0 + i) for game in (1, 2) for i in range(3)]
     assert happened.points["charts/episodic_return"] == expected
     assert happened.points["charts/episodic_length"] == [(step, 160.0) for step, _ in expected]
     assert happened.state.recent_returns == [7.0, 8.0, 9.0] * 2
 
 
-def test_the_student_is_evaluated_and_saved_while_it_learns_offline(qdagger):
-    happened = rehearse(qdagger, 8, offline_eval_frequency=12)
+def test_the_student_is_evaluated_and_saved_while_it_learns_offline():
+    happened = rehearse(TORCH, 8, offline_eval_frequency=12)
     assert happened.run.played == ["offline-12", "offline-24", "offline-30"]
     assert happened.points["charts/offline/avg_episodic_return"] == [(12, 0.5), (24, 0.5), (30, 0.5)]
     assert [suffix for suffix, _ in happened.run.saved] == ["-offline"] * 3
@@ -128,15 +131,15 @@ def test_the_student_is_evaluated_and_saved_while_it_learns_offline(qdagger):
     assert 1.0 > numbers[0] > numbers[1] > numbers[2]
 
 
-def test_a_checkpoint_can_be_made_before_every_step_and_call(script):
-    happened = rehearse(script, 8, loss_interval=100)
-    steps = 240 // 8 + (48 // 8 + 30 // 2 if is_qdagger(script) else 0)
+def test_a_checkpoint_can_be_made_before_every_step_and_call(algorithm):
+    happened = rehearse(algorithm, 8, loss_interval=100)
+    steps = 240 // 8 + (48 // 8 + 30 if is_qdagger(algorithm) else 0)
     assert happened.run.checkpoints >= steps
 
 
-def test_points_come_every_thousand_environment_steps_and_at_the_end(script):
-    happened = rehearse(script, 3, total_timesteps=2100, learning_starts=2090)
-    before = 30 if is_qdagger(script) else 0
+def test_points_come_every_thousand_environment_steps_and_at_the_end(algorithm):
+    happened = rehearse(algorithm, 3, total_timesteps=2100, learning_starts=2090)
+    before = 30 if is_qdagger(algorithm) else 0
     assert [step - before for step, _ in happened.points["charts/SPS"]] == [1002, 2001, 2100]
     assert [step - before for step, _ in happened.points["charts/epsilon"]] == [1002, 2001, 2100]
 

@@ -13,6 +13,7 @@ from replays import (
     GAMMA,
     NUM_ACTIONS,
     FramesType,
+    ImpatientGenerator,
     Stream,
     assert_transitions,
     draw_everything,
@@ -182,18 +183,6 @@ def test_the_newest_transitions_wait_for_their_n_rewards():
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-class Impatient:
-    """A generator that a loop without end cannot draw from."""
-
-    def __init__(self, seed: int):
-        self.rng, self.draws_left = np.random.default_rng(seed), 100
-
-    def integers(self, *arguments, **settings) -> np.ndarray:
-        assert self.draws_left, "drawing does not end"
-        self.draws_left -= 1
-        return self.rng.integers(*arguments, **settings)
-
-
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("capacity", [1, 3, 5])
@@ -212,7 +201,7 @@ def test_tiny_buffers_always_have_something_to_draw_once_n_steps_are_in(
         assert_drawable(replay, stream, step, capacity_per_env, n_step)
         if step >= n_step - 1:
             assert replay.can_sample
-            slots = replay.draw(200, Impatient(0))
+            slots = replay.draw(200, ImpatientGenerator())
             assert len(slots) == 200
             batch = draw_everything(replay)
             keys = keys_of(batch)

@@ -195,12 +195,7 @@ def test_qdagger_trains_offline_on_the_replay_without_the_teacher_playing_and_wi
     monkeypatch.setattr(qdagger, name, OnlyFrames)
     monkeypatch.setattr(qdagger, "train_offline", spying_train_offline)
     monkeypatch.setattr(qdagger, "fill_teacher_replay", mock.Mock(side_effect=AssertionError("it played")))
-    run_folder = train(
-        qdagger, short_games=True, env_id=PONG, teacher_model_path=PONG_TEACHER, teacher_replay_path=pong,
-        return_normalization="random",  # a cut-off game of Pong ends below 0, for the teacher as well
-        num_envs=3, buffer_size=100, batch_size=8, teacher_steps=10**9, offline_steps=4, total_timesteps=24,
-        learning_starts=8,
-    )  # fmt: skip
+    run_folder = train(qdagger, teacher_replay_path=pong, buffer_size=100, teacher_steps=10**9)
     assert len(loaded[0].actions) == 100
     assert len(made) == 2
     curves = read_curves(run_folder)

@@ -24,7 +24,10 @@ from cleanrl.utils.games.env_state import get_state, set_state
 IDLE = -1  # the action that leaves an environment untouched
 WORKER_TIMEOUT_S = 120.0
 # Workers import the script that holds the wrappers, and these with it: once, in the process they fork from.
-HEAVY_MODULES = ("torch", "jax", "flax", "optax", "stable_baselines3", "gymnasium", "ale_py", "cv2", "tyro")
+HEAVY_MODULES = [
+    *("torch", "jax", "flax", "optax", "stable_baselines3", "gymnasium", "ale_py", "cv2", "tyro"),
+    *("huggingface_hub.hf_api", "tensorboard.summary.writer.record_writer"),
+]
 
 
 class WorkerError(RuntimeError):

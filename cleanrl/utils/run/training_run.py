@@ -267,7 +267,8 @@ class TrainingRun:
         if unknown := values.keys() - TAGS.keys():
             raise KeyError(f"{unknown.pop()} is not among the tags of cleanrl/utils/run/charts.py")
         self._write_values()
-        self._unread.append((step, values))
+        in_order = {tag: values[tag] for tag in TAGS if tag in values}  # JAX sorts a dict's keys
+        self._unread.append((step, in_order))
 
     def plot_game(self, game: FinishedGame, step: int) -> None:
         """Adds a finished game to the curves."""
