@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.request
@@ -48,6 +49,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKS = {"needs a GPU", "needs the network"}
 SCRIPTS = {Path(script.__file__).name: script for script in both_scripts.SCRIPTS}
 TIMEOUT_S = 300
+READING = threading.Lock()  # sys.argv, of which all threads have one
 
 GAME = "PongNoFrameskip-v4"
 TEACHER = f"cleanrl/teachers/{GAME}.safetensors"
@@ -294,7 +296,7 @@ def as_it_is(words: list[str], place: Place) -> None:
 
 def read_options(args_type: type, options: Sequence[str]) -> Any:
     """As the program itself reads its command line."""
-    with mock.patch.object(sys, "argv", ["program", *options]):
+    with READING, mock.patch.object(sys, "argv", ["program", *options]):
         return parse(args_type)
 
 
@@ -507,16 +509,13 @@ def rule_for(words: tuple[str, ...]) -> Rule:
 
 
 def what_is_tried(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The same for two commands if trying one of them is enough: for runs that differ in numbers alone."""
+    """The same for two commands if trying one of them is enough: for runs that differ in numbers or names."""
     if words[0] == "python" and Path(words[1]).name in SCRIPTS:
         with suppress(SystemExit):  # an option that it does not have: the check says so
-            options = vars(read_args(words, tiny_options(words)))
-            return (words[1], *(f"{name} {value}" for name, value in options.items() if not is_number(value)))
+            options = vars(read_args(words, tiny_options(words))) | {"exp_name": ""}
+            is_number = {name: type(value) in (int, float) for name, value in options.items()}
+            return (words[1], *(f"{name} {options[name]}" for name in options if not is_number[name]))
     return words
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def to_run(blocks: list[Block]) -> list[Block]:

@@ -157,8 +157,8 @@ class NoRun:
     checkpoints: how often one could have been made
     """
 
-    def __init__(self, make_games: Callable[[int], NoGame] = NoGame, returns: Sequence[float] = (0.5,)):
-        self.make_games, self.returns = make_games, list(returns)
+    def __init__(self, make_games: Callable[[int], NoGame]):
+        self.make_games = make_games
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.played: list[str] = []
         self.saved: list[tuple[str, Weights]] = []
@@ -191,7 +191,7 @@ class NoRun:
 
     def play(self, name: str, compute_q_values: Callable, num_games: int, step: int) -> list[float]:
         self.played.append(name)
-        return self.returns
+        return [0.5]
 
     def save_model(self, network: Any, suffix: str = "") -> None:
         self.saved.append((suffix, weights(network)))

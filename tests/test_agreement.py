@@ -289,7 +289,7 @@ LOSS_TOLERANCE = 1e-6
 
 # The last: of policies without doubt. log π goes down to -3e5, exp of it is 0.
 @pytest.mark.parametrize(("scale", "temperature"), [(1.0, 0.3), (1.0, 1.0), (1.0, 3.0), (1000.0, 0.01)])
-def test_losses_and_their_gradients_by_the_q_values(scale, temperature):
+def test_losses_and_their_gradients_by_the_q_values_are_equal(scale, temperature):
     rng = np.random.default_rng(0)
     q_values, teacher_q_values = rng.normal(size=(2, 32, NUM_ACTIONS), scale=scale).astype(np.float32)
     targets = rng.normal(size=32, scale=scale).astype(np.float32)
@@ -306,7 +306,7 @@ def test_losses_and_their_gradients_by_the_q_values(scale, temperature):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
-def test_gradient_steps_and_target_updates(torch_pads_like_flax, dtype):
+def test_gradient_steps_and_target_updates_are_equal(torch_pads_like_flax, dtype):
     """One step; in float64 nine more, over which the roundings of float32 would grow."""
     states = [make_state(script) for script in (TORCH, JAX)]
     before = weights_in_torchs_layout(states[0])
@@ -366,7 +366,7 @@ def test_a_student_that_one_script_saved_plays_the_same_in_the_other(
     assert_close_in_scale(q_values, writer.compute_q_values(student, pong(8)), Q_TOLERANCE)
 
 
-def test_one_teacher_in_every_format(tmp_path):
+def test_a_teacher_is_the_same_in_every_format_and_script(tmp_path):
     state_dict = {name: tensor.float() for name, tensor in load_file(PONG_TEACHER).items()}
     torch.save(state_dict, tmp_path / "teacher.pt")
     params = unflatten(to_flax({name: tensor.numpy() for name, tensor in state_dict.items()}))

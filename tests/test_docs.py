@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import subprocess
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -97,7 +98,9 @@ def outcomes(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", TO_RUN, ids=[block.name for block in TO_RUN])
 def test_commands_run(block, outcomes):
-    outcomes[block.name].result()
+    if error := outcomes[block.name].exception():
+        # Not raised: pytest would parse code while another thread may be doing so, which Python 3.11 cannot.
+        pytest.fail("".join(traceback.format_exception(error)), pytrace=False)
 
 
 class Row(NamedTuple):

@@ -151,10 +151,10 @@ PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"  # random player
         ([], 20.0, {"distill_steps": 0}, 0.0),
     ],
 )
-def test_distill_coefficient_at_step_500_of_pong(qdagger, returns, teacher_return, options, expected):
-    args = qdagger.Args(env_id=PONG, **options)
+def test_the_distill_coefficient_is_the_formula(qdagger, returns, teacher_return, options, expected):
+    step, args = 500, qdagger.Args(env_id=PONG, **options)
     state = SimpleNamespace(recent_returns=returns, teacher_return=teacher_return)
-    assert qdagger.distill_coefficient(args, state, 500) == pytest.approx(expected, abs=1e-12)
+    assert qdagger.distill_coefficient(args, state, step) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ HAND_WRITTEN = {
 
 
 @pytest.mark.parametrize("case", HAND_WRITTEN)
-def test_n_step_window_of_the_first_transition(case):
+def test_a_sum_of_n_rewards_ends_with_its_episode(case):
     steps, n, summed, newest_frame, terminated = HAND_WRITTEN[case]
     batch = end_after(steps, n)
     assert batch.observations[0, -1, 0, 0] == 0

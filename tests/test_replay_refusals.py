@@ -98,12 +98,12 @@ def test_a_replay_that_is_whole_is_not_refused(replay):
 # --------------------------------------------------------------------------------------------- incomplete
 
 
-def test_a_half_written_replay(replay):
+def test_a_half_written_replay_is_refused(replay):
     (replay / "manifest.json").unlink()
     assert "has no manifest.json: it is not a complete replay" in refusal(read_all, replay)
 
 
-def test_a_folder_that_does_not_exist_or_is_none(tmp_path):
+def test_what_is_not_a_folder_with_a_replay_is_refused(tmp_path):
     assert "is not a folder; name one that --save-replay wrote" in refusal(read_all, tmp_path / "nowhere")
     file = tmp_path / "file"
     file.touch()
@@ -128,14 +128,14 @@ def test_a_full_disk_leaves_a_folder_without_a_manifest_in_which_the_resumed_run
     assert "is not empty; name a new folder" in refusal(check_new_folder, tmp_path)
 
 
-def test_a_missing_rows_file(replay):
+def test_a_missing_rows_file_is_named(replay):
     path = rows_files(replay)[1]
     path.unlink()
     assert f"{path.name} cannot be read (No such file or directory)" in refusal(read_all, replay)
 
 
 @pytest.mark.parametrize("kept", [slice(0), slice(1, None), slice(-1)])
-def test_a_manifest_that_does_not_name_all_rows(replay, kept):
+def test_a_manifest_that_does_not_name_all_rows_is_refused(replay, kept):
     """Without any, drawing from the buffer would not end."""
     alter_manifest(replay, files=read_manifest(replay / "manifest.json")["files"][kept])
     assert "as its manifest says" in refusal(read_all, replay)
@@ -146,7 +146,7 @@ def test_a_manifest_that_does_not_name_all_rows(replay, kept):
 
 @pytest.mark.parametrize("index", [0, -1])
 @pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
-def test_a_damaged_rows_file(replay, index, damage):
+def test_a_damaged_rows_file_is_named(replay, index, damage):
     path = rows_files(replay)[index]
     data = path.read_bytes()
     middle = len(data) // 2
@@ -157,7 +157,7 @@ def test_a_damaged_rows_file(replay, index, damage):
 
 
 @pytest.mark.parametrize("change", [(b'"version": 1', b'"version": 2'), (b"oldest", b"OLDEST"), (b"\n", b"")])
-def test_an_altered_manifest(replay, change):
+def test_an_altered_manifest_is_refused(replay, change):
     manifest = replay / "manifest.json"
     assert change[0] in manifest.read_bytes()
     manifest.write_bytes(manifest.read_bytes().replace(*change, 1))
@@ -167,13 +167,13 @@ def test_an_altered_manifest(replay, change):
 @pytest.mark.parametrize(
     "content", [b"", b"\n", b"{}", b"\xff\xfe\n{}", b"[" * 10**5, bytes(1000), pickle.dumps({"a": 1})]
 )
-def test_a_manifest_that_is_something_else(replay, content):
+def test_a_manifest_that_is_something_else_is_refused(replay, content):
     (replay / "manifest.json").write_bytes(content)
     assert "manifest.json is" in refusal(read_all, replay)
 
 
 @pytest.mark.parametrize("content", [[], [1], 5, None, [["format", "other"]], {}, {"format": "other"}])
-def test_a_foreign_manifest_with_a_right_checksum(replay, content):
+def test_a_foreign_manifest_with_a_right_checksum_is_refused(replay, content):
     text = json.dumps(content).encode()
     (replay / "manifest.json").write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     assert "manifest.json is not" in refusal(read_all, replay)
@@ -205,13 +205,13 @@ def test_the_manifest_of_a_checkpoint_is_not_that_of_a_replay(replay):
     ],
     ids=str,
 )
-def test_a_manifest_that_makes_no_sense(replay, changes):
+def test_a_manifest_that_makes_no_sense_is_refused(replay, changes):
     alter_manifest(replay, **changes)
     refusal(read_all, replay)
 
 
 @pytest.mark.parametrize("name", ["oldest", "heads", "files", "env_id", "num_actions"])
-def test_a_manifest_that_lacks_something(replay, name):
+def test_a_manifest_that_lacks_something_is_refused(replay, name):
     manifest = replay / "manifest.json"
     content = read_manifest(manifest)
     del content[name]
@@ -257,7 +257,7 @@ ALTERED_ROWS = {
 
 
 @pytest.mark.parametrize("alter", ALTERED_ROWS.values(), ids=ALTERED_ROWS)
-def test_rows_that_are_not_those_of_a_replay(replay, alter):
+def test_rows_that_are_not_those_of_a_replay_are_refused(replay, alter):
     alter_rows(replay, 1, alter)
     line = refusal(read_all, replay)
     assert "rows-000001.zst does not hold rows of a replay buffer of this game; save or copy" in line
@@ -279,7 +279,9 @@ class Bomb:
         zstandard.compress(pickle.dumps(Bomb())),
     ],
 )
-def test_a_rows_file_of_something_else_with_a_right_checksum(replay, tmp_path, monkeypatch, data):
+def test_a_rows_file_of_something_else_with_a_right_checksum_is_refused_and_not_run(
+    replay, tmp_path, monkeypatch, data
+):
     monkeypatch.chdir(tmp_path)
     replace_file(replay, 0, data)
     assert "rows-000000.zst is not what it should be; save or copy" in refusal(read_all, replay)
@@ -289,7 +291,7 @@ def test_a_rows_file_of_something_else_with_a_right_checksum(replay, tmp_path, m
 # -------------------------------------------------------------------------------------- of use for this run
 
 
-def test_another_game_another_number_of_actions_another_version(replay):
+def test_another_game_number_of_actions_or_version_is_refused(replay):
     line = refusal(read_all, replay, num_actions=4, env_id="BreakoutNoFrameskip-v4")
     assert f"it is a replay of {PONG} with 6 actions, not of BreakoutNoFrameskip-v4 with 4" in line
     assert f"with 6 actions, not of {PONG} with 18" in refusal(read_all, replay, num_actions=18)
@@ -297,7 +299,7 @@ def test_another_game_another_number_of_actions_another_version(replay):
     assert "manifest.json has version 2, not 1" in refusal(read_all, replay)
 
 
-def test_too_few_frames_for_a_batch(replay):
+def test_fewer_frames_than_a_batch_are_refused(replay):
     num_rows = sum(len(log) + 1 for log in Stream(NUM_ENVS, 12, end_probability=0.1).logs)
     read_all(replay, batch_size=num_rows)
     line = refusal(read_all, replay, batch_size=num_rows + 1)

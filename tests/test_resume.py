@@ -6,11 +6,12 @@ Within this process, with small networks and games cut short; test_kills.py kill
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
-import numpy as np
 import pytest
-from both_scripts import NUM_ACTIONS, is_qdagger, linear_network, name_of, use_network
-from resume_runs import differences, outcome, shortened, the_run, tiny_options
+from both_scripts import is_qdagger, name_of
+from exact_kills import simplify
+from resume_runs import differences, outcome, the_run, tiny_options
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from cleanrl.utils.run.training_run import TrainingRun
@@ -31,15 +32,8 @@ DQN_STOPS = [("step", 0), ("step", 6), ("step", 30), ("step", 48), ("step", 60)]
 
 
 @pytest.fixture
-def tiny(script, monkeypatch):
-    """A script that has small networks and short games."""
-    for change in shortened(script):
-        monkeypatch.setattr(*change)
-    use_network(monkeypatch, script, "linear")
-    if is_qdagger(script):
-        kernel = np.random.default_rng(0).normal(size=(196, NUM_ACTIONS)).astype(np.float32)
-        teacher = linear_network(script, kernel, np.zeros(NUM_ACTIONS, np.float32))
-        monkeypatch.setattr(script, "load_teacher", lambda args, num_actions, device: teacher)
+def tiny(script, monkeypatch) -> ModuleType:
+    simplify(monkeypatch, script)
     return script
 
 

@@ -16,7 +16,8 @@ from cleanrl.utils.run import training_run
 from cleanrl.utils.run.charts import CHARTS, DQN_CHARTS, TAGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OF_QDAGGER = {"charts/distill_coeff", "losses/loss", "losses/distill_loss"}  # and of its first two phases
+# What only QDagger plots, beside the curves of its first two phases.
+OF_QDAGGER = {"charts/distill_coeff", "losses/loss", "losses/distill_loss"}
 
 
 def models(folder: Path) -> set[str]:

@@ -25,7 +25,7 @@ OPTIONS = {
     "teacher_model_path": ROOT / "cleanrl/teachers/PongNoFrameskip-v4.safetensors",
     "teacher_eval_episodes": 1,
     "return_normalization": "random",
-    "teacher_steps": 2_000,
+    "teacher_steps": 400,
     "offline_steps": 0,
     "buffer_size": 20_000,
     "learning_starts": 1_000,
