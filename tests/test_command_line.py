@@ -1,68 +1,110 @@
-"""Each kind of nonsense on the command line is refused with its own line."""
+"""What a command line may say: bounds in the types of options, and the options of a run that is resumed.
 
-import dataclasses
+The options of the training scripts: test_options.py; what else they refuse: test_refusals.py.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-import cleanrl.qdagger_dqn_atari_impalacnn
-import cleanrl.qdagger_dqn_atari_jax_impalacnn
-from cleanrl.qdagger_dqn_atari_impalacnn import Args
-from cleanrl.utils.command_line import check_arguments
+from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
+from cleanrl.utils import bounds
+from cleanrl.utils.command_line import check_arguments, check_bounds, describe_options, parse_arguments
+from cleanrl.utils.run.checkpoint import CheckpointWriter
+from cleanrl.utils.run.options import RunOptions
+
+FOLDER = Path("runs/Pong__test__1__100")
+
+
+@dataclass
+class Args(RunOptions):
+    exp_name: str = "test"
+
+    # game
+    env_id: str = "Pong"
+    """the game"""
+    total_timesteps: bounds.PositiveInt = 100
+    """steps to play"""
+    teacher_path: Path | None = None
+    """a file (default: none)"""
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *options: str) -> Args:
+    monkeypatch.setattr(sys, "argv", ["script.py", *options])
+    return parse_arguments(Args)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def saved_run() -> None:
+    """A checkpoint of a run with options that are not the defaults, and one that exists no more."""
+    (FOLDER / "checkpoints").mkdir(parents=True)
+    options = vars(Args(total_timesteps=7, seed=1)) | {"teacher_path": "a/teacher", "removed": 5}
+    CheckpointWriter(FOLDER, None).save("script", options, None, {})
 
 
 @pytest.mark.parametrize(
-    "script", [cleanrl.qdagger_dqn_atari_impalacnn, cleanrl.qdagger_dqn_atari_jax_impalacnn]
-)
-def test_the_defaults_are_fine(script, capsys):
-    check_arguments(script.Args())
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_the_outermost_seeds_are_fine(seed):
-    check_arguments(dataclasses.replace(Args(), seed=seed))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
+    ("kind", "good", "bad", "demand"),
     [
-        *[
-            ({name: -1}, [f"--{name.replace('_', '-')} -1", "at least"])
-            for name in (
-                "seed", "num_envs", "total_timesteps", "buffer_size", "n_step", "target_network_frequency",
-                "batch_size", "learning_starts", "train_frequency", "teacher_eval_episodes", "teacher_steps",
-                "offline_steps", "offline_eval_frequency", "eval_episodes", "distill_steps",
-            )
-        ],
-        *[({name: 0}, ["at least 1"]) for name in ("num_envs", "n_step", "batch_size", "train_frequency")],
-        *[
-            ({name: value}, [f"--{name.replace('_', '-')} {value}", "between 0 and 1"])
-            for name in (
-                "repeat_action_probability", "gamma", "tau", "start_e", "end_e", "exploration_fraction"
-            )
-            for value in (-0.1, 1.5, float("nan"))
-        ],
-        *[
-            ({name: value}, [f"--{name.replace('_', '-')} {value}", "positive"])
-            for name in ("temperature", "learning_rate")
-            for value in (0.0, -1.0, float("inf"), float("nan"))
-        ],
-        ({"seed": 2**32}, ["--seed 4294967296", "at most 4294967295"]),
-        ({"batch_size": 33, "buffer_size": 32}, ["--batch-size 33", "--buffer-size 32"]),
-        ({"buffer_device": "cuda", "cuda": False}, ["--buffer-device cuda", "--no-cuda"]),
-        ({"teacher_steps": 10, "n_step": 3, "num_envs": 8}, ["--teacher-steps 10", "--n-step", "24"]),
+        (bounds.NonNegativeInt, [0, 2**70], [-1], "at least 0"),
+        (bounds.PositiveInt, [1], [0, -1], "at least 1"),
+        (bounds.Seed, [0, 2**32 - 1], [-1, 2**32], "between 0 and 4294967295"),
+        (bounds.Fraction, [0.0, 1.0], [-0.1, 1.5, math.nan, math.inf], "between 0 and 1"),
+        (bounds.NonNegativeFloat, [0.0], [-0.1, math.nan, math.inf], "at least 0"),
+        (bounds.PositiveFloat, [1e-300], [0.0, -1.0, math.nan, math.inf], "above 0"),
+        (bounds.PositiveInt | None, [None, 1], [0], "at least 1"),
     ],
     ids=str,
-)  # fmt: skip
-def test_nonsense_is_refused(options, words):
-    with pytest.raises(SystemExit) as stop:
-        check_arguments(dataclasses.replace(Args(), **options))
-    message = str(stop.value)
-    assert message.startswith("error: --")
-    assert "\n" not in message
-    assert all(word in message for word in words), message
+)
+def test_a_value_out_of_its_bounds_is_refused_with_what_it_must_be(kind, good, bad, demand):
+    @dataclass
+    class Bounded:
+        some_option: kind
+
+    for value in good:
+        check_bounds(Bounded(value))
+    for value in bad:
+        with pytest.raises(SystemExit) as end:
+            check_bounds(Bounded(value))
+        assert end.value.code == f"error: --some-option {value} must be {demand}"
 
 
 def test_what_is_only_odd_gets_a_warning(capsys):
-    check_arguments(dataclasses.replace(Args(), total_timesteps=100, learning_starts=100))
-    assert "nothing will be learned online" in capsys.readouterr().err
+    check_arguments(QDaggerArgs(total_timesteps=100, learning_starts=100))
+    assert "--learning-starts 100 is not below --total-timesteps 100: nothing" in capsys.readouterr().err
+
+
+def test_options_are_described_by_the_comments_and_docstrings_of_the_source():
+    described = describe_options(Args)
+    assert described["total_timesteps"] == ("game", "steps to play")
+    assert described["exp_name"].group == described["seed"].group == "run"
+    assert list(described)[:2] == ["exp_name", "seed"]
+
+
+def test_without_resume_the_options_are_the_defaults_and_those_given(monkeypatch):
+    assert parse(monkeypatch, "--seed", "3") == Args(seed=3)
+
+
+@pytest.mark.parametrize("name", [str(FOLDER), "auto"])
+def test_a_resumed_runs_options_are_its_own_and_those_given(monkeypatch, saved_run, name):
+    own = {"total_timesteps": 7, "teacher_path": Path("a/teacher"), "resume": str(FOLDER)}
+    assert parse(monkeypatch, "--resume", name) == Args(**own)
+    given = parse(monkeypatch, "--resume", name, "--total-timesteps", "9", "--track")
+    assert given == Args(**{**own, "total_timesteps": 9, "track": True})
+
+
+def test_resume_auto_without_an_unfinished_run_starts_a_new_one(monkeypatch, saved_run, capsys):
+    assert parse(monkeypatch, "--resume", "auto", "--seed", "2") == Args(seed=2)
+    assert capsys.readouterr().out == "--resume auto: no unfinished run; starting a new one\n"
+
+
+def test_a_run_that_cannot_be_resumed_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: --resume nothing is not a folder; name a run's, runs/…$"):
+        parse(monkeypatch, "--resume", "nothing")

@@ -49,11 +49,11 @@ def prefer_one(observations: np.ndarray) -> np.ndarray:
     return np.tile([0.0, 1.0], (len(observations), 1))
 
 
-def lengths_of_games(seed: int, copy: int, copies: int, games: int) -> list[int]:
-    """Plays the copy's games by hand; with `prefer_one` a game's return is its length."""
+def lengths_of_games(seed: int, env_index: int, num_envs: int, games: int) -> list[int]:
+    """Plays one environment's games by hand; with `prefer_one` a game's return is its length."""
     game = CountingGame(max_game_frames=10**6)
-    seeds = np.random.SeedSequence(seed).generate_state(copies)
-    game.reset(seed=int(seeds[copy]))
+    seeds = np.random.SeedSequence(seed).generate_state(num_envs)
+    game.reset(seed=int(seeds[env_index]))
     lengths = []
     while len(lengths) < games:
         *_, terminated, truncated, _ = game.step(1)
@@ -64,10 +64,9 @@ def lengths_of_games(seed: int, copy: int, copies: int, games: int) -> list[int]
     return lengths
 
 
-def test_whole_games_of_every_copy_count_and_short_ones_are_not_favoured():
+def test_whole_games_of_every_environment_count_and_short_ones_are_not_favoured():
     returns = evaluate(CountingGame, prefer_one, episodes=40, seed=5, epsilon=0.0)
-    copies = 16
-    expected = [lengths_of_games(5, game % copies, copies, 3)[game // copies] for game in range(40)]
+    expected = [lengths_of_games(5, game % 16, 16, 3)[game // 16] for game in range(40)]
     assert returns == expected
     assert max(expected) > 19  # longer than any single life: both were counted
 
@@ -81,7 +80,7 @@ def test_the_same_seed_gives_the_same_games_and_another_seed_others():
 def test_epsilon_is_the_share_of_random_actions():
     greedy = evaluate(CountingGame, prefer_one, episodes=200, seed=3, epsilon=0.0)
     mixed = evaluate(CountingGame, prefer_one, episodes=200, seed=3, epsilon=0.5)
-    # The environments are the same, so that the steps are; half of the random half scores nothing.
+    # The same environments take the same number of steps; half of the random half scores nothing.
     assert sum(mixed) / sum(greedy) == pytest.approx(0.75, abs=0.03)
 
 
@@ -89,7 +88,7 @@ def test_a_game_is_bounded():
     assert max(evaluate(CountingGame, prefer_one, episodes=20, seed=0, epsilon=0.0, max_game_frames=7)) == 7
 
 
-def test_one_copy_records_where_asked(tmp_path):
+def test_one_environment_records_where_asked(tmp_path):
     evaluate(CountingGame, prefer_one, 3, seed=0, epsilon=0.0, video_folder=tmp_path / "videos")
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["game.mp4"]
 

@@ -1,4 +1,4 @@
-"""Event files as TensorBoard itself reads them, also after a disk that was full."""
+"""Event files as TensorBoard itself reads them, also after the disk was full."""
 
 import errno
 import io
@@ -110,7 +110,7 @@ def test_what_is_flushed_is_all_there(tmp_path):
     sizes = []
     for step in range(20):
         writer.add_scalar("a", step, step)
-        writer.flush()
+        assert writer.flush()
         sizes.append(writer.path.stat().st_size)
         assert points(tmp_path, "a")[-1] == (step, step)
     assert len(set(np.diff(sizes))) <= 2  # step 0 takes no bytes
@@ -144,7 +144,7 @@ def test_a_full_disk_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys, re
         patch.setattr(RecordWriter, "write", write_until_full)
         for step in range(1, 5):
             writer.add_scalar("a", step, step)
-        writer.flush()
+        assert not writer.flush()
         assert writer.path.stat().st_size == size
         assert "No space left on device" in capsys.readouterr().err
         writer.add_scalar("a", 5, 5)

@@ -1,4 +1,4 @@
-"""pyproject.toml, poetry.lock and requirements/*.txt say the same."""
+"""pyproject.toml, poetry.lock and requirements/*.txt agree."""
 
 import re
 import subprocess
@@ -44,7 +44,7 @@ def environment_of(python: str, sys_platform: str) -> dict[str, str]:
 
 
 def versions_on(name: str, python: str, sys_platform: str) -> dict[str, str]:
-    """What `pip install -r` pins on one kind of machine; a package pinned twice there is an error."""
+    """The versions that `pip install -r` installs on one kind of machine, where none may be pinned twice."""
     environment = environment_of(python, sys_platform)
     versions: dict[str, str] = {}
     for pin in pins(name):

@@ -66,7 +66,7 @@ def make_pong() -> gym.Env:
 
 
 def own_workers() -> list[psutil.Process]:
-    """They are children of the fork server, which is ours."""
+    """They are children of the fork server, which is a child of this process."""
     return [child for child in psutil.Process().children(recursive=True) if child.ppid() != os.getpid()]
 
 
@@ -221,7 +221,7 @@ def test_a_hanging_worker_is_reported_after_the_timeout(monkeypatch):
     assert not own_workers()  # close ended it nevertheless
 
 
-def test_close_ends_all_workers_in_the_middle_of_a_step_too():
+def test_close_ends_all_workers_even_in_the_middle_of_a_step():
     envs = ParallelEnvs([TinyEnv] * 4, num_workers=4)
     envs.reset(seed=0)
     workers = own_workers()

@@ -18,7 +18,10 @@ from safetensors.numpy import load_file, save_file
 from cleanrl.qdagger_dqn_atari_impalacnn import StudentNetwork
 from cleanrl.utils.replay import memory
 
-PONG = ["--env-id", "PongNoFrameskip-v4", "--buffer-size", "10", "--batch-size", "4"]
+PONG = [
+    "--env-id", "PongNoFrameskip-v4", "--buffer-size", "10", "--batch-size", "4", "--learning-starts", "10",
+    "--total-timesteps", "100",
+]  # fmt: skip
 TEACHER = ["--teacher-model-path", str(PONG_TEACHER)]
 
 

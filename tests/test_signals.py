@@ -1,16 +1,14 @@
-"""Signals: the first is noted, the second ends the process, and before and behind all is as it was."""
+"""The first signal is noted, the second ends the process, and afterwards the handlers are as before."""
 
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from both_scripts import run_python
 
 from cleanrl.utils.signals import Stopped, StopSignals
 
-ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
@@ -28,6 +26,7 @@ def test_the_first_signal_is_only_noted(number):
         signal.raise_signal(number)
         assert signals.received == number
     assert Stopped(number).status == 128 + number
+    assert str(Stopped(number)) == f"stopped by {number.name}"
 
 
 def test_an_exception_passes_and_the_handlers_are_put_back():
@@ -48,38 +47,28 @@ def test_another_thread_gets_no_signals_and_no_error():
     assert received == [None]
 
 
-def run(program: str) -> tuple[int, str, str]:
-    process = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    return process.returncode, process.stdout, process.stderr
-
-
-@SIGNALS
-def test_the_second_signal_ends_the_process_at_once(number):
-    status, output, _ = run(
-        f"""
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_the_process_at_once(first, second):
+    program = f"""
 import signal
 from cleanrl.utils.signals import StopSignals
 with StopSignals():
-    signal.raise_signal({int(number)})
+    signal.raise_signal({int(first)})
     print("first", flush=True)
     try:
-        signal.raise_signal({int(number)})
+        signal.raise_signal({int(second)})
     finally:
         print("second", flush=True)
 """
-    )
-    assert (status, output) == (128 + number, "first\n")
+    assert run_python(Path(), "-c", program) == (128 + second, "first\n", "")
 
 
 def test_before_there_is_anything_to_lose_ctrl_c_is_one_line():
-    status, _, errors = run(
-        """
+    program = """
 import signal
 from cleanrl.utils.signals import exit_on_ctrl_c
 exit_on_ctrl_c()
 signal.raise_signal(signal.SIGINT)
 """
-    )
-    assert (status, errors) == (130, "interrupted\n")
+    assert run_python(Path(), "-c", program) == (130, "", "interrupted\n")

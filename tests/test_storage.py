@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+from collections import deque
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -121,7 +122,9 @@ def test_a_state_of_adam_comes_back():
         assert_same(found["state"][number], {name: moment.numpy() for name, moment in moments.items()})
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([Trap()], object), Trap(), pack])
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, deque([1.0]), range(3), np.array([Trap()], object), Trap(), pack]
+)
 def test_what_is_no_data_is_refused(value):
     with pytest.raises(TypeError):
         pack({"value": value})

@@ -3,34 +3,28 @@
 import json
 import os
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from both_scripts import ROOT, read_curves
+from resume_runs import Command, tiny_options
 from wandb.proto.wandb_internal_pb2 import Record
 
 from cleanrl.utils.run.tracking import check_tracking, start_tracking
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--env-id PongNoFrameskip-v4 --total-timesteps 64 --learning-starts 16 --num-envs 2 --buffer-size 40"
-    " --batch-size 8 --eval-episodes 1 --no-cuda --track --wandb-project-name pong"
-)
+PROJECT = ["--wandb-project-name", "pong"]
 
 
-def run_tracked(folder: Path, *options: str, **settings: str) -> tuple[int, str]:
-    """Runs `dqn_atari.py` for a short time where nobody is logged in; returns the status and what it said."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "cleanrl" / "dqn_atari.py"), *TINY.split(), *options],
-        cwd=folder, env=clean | {"HOME": str(folder)} | settings, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
-    )  # fmt: skip
-    return process.returncode, process.stdout
+def run_tracked(folder: Path, **settings: str) -> tuple[int, str]:
+    """A short run of `dqn_atari.py` with the given environment variables: its status and what it printed."""
+    with mock.patch.dict(os.environ, {"HOME": str(folder)} | settings):
+        for name in [name for name in os.environ if name.startswith("WANDB_") and name not in settings]:
+            del os.environ[name]
+        command = Command(folder, "dqn_atari", *tiny_options("dqn_atari"), "--track", *PROJECT)
+    return command.end(), command.output
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -49,6 +43,7 @@ def records(path: Path) -> Iterator[Record]:
             content = b""
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
     status, output = run_tracked(tmp_path, WANDB_MODE="offline")
     assert status == 0, output
@@ -70,9 +65,7 @@ def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
     assert project == "pong"
     assert (options["env_id"], options["seed"], options["gamma"]) == ("PongNoFrameskip-v4", 1, 0.99)
 
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
-    events.Reload()
-    expected = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    expected = read_curves(run_folder)
     assert points.keys() == expected.keys() >= {"losses/td_loss", "charts/epsilon", "eval/episodic_return"}
     for tag, curve in expected.items():
         assert [step for step, _ in points[tag]] == [step for step, _ in curve]
@@ -80,6 +73,7 @@ def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
         assert values == pytest.approx([value for _, value in curve], rel=1e-6)  # TensorBoard's are float32
 
 
+@pytest.mark.slow
 def test_where_nobody_is_logged_in_one_line_and_no_question_ends_the_command(tmp_path):
     status, output = run_tracked(tmp_path)
     assert status == 1

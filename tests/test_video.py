@@ -1,4 +1,4 @@
-"""A game's video: every frame of the first game, written as it is played."""
+"""The video of a game has every frame of the first game, written as it is played."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +64,10 @@ def test_memory_does_not_grow_with_the_game(tmp_path):
     assert peak_memory(one_game, tmp_path) < 5 * HEIGHT * WIDTH * 3
 
 
-def test_a_game_goes_on_without_its_video(tmp_path, capfd):
+def test_a_game_continues_without_its_video(tmp_path, capfd):
     env = RecordGame(Flicker(), tmp_path)
     env.reset()
-    env.writer.proc.kill()  # what it says for itself is no concern of the game's
+    env.writer.proc.kill()
     env.writer.proc.wait()
     while not env.step(0)[2]:
         pass
@@ -76,7 +76,7 @@ def test_a_game_goes_on_without_its_video(tmp_path, capfd):
     assert line.startswith(f"warning: {Path(tmp_path, 'game.mp4')} ends early: ")
 
 
-def test_a_game_that_is_left_in_the_middle_leaves_a_video_that_can_be_seen(tmp_path):
+def test_a_game_that_is_not_finished_leaves_a_video_that_can_be_played(tmp_path):
     env = RecordGame(Flicker(), tmp_path)
     env.reset()
     for _ in range(30):

@@ -142,7 +142,7 @@ class ScriptPhases(ExitStack):
         )
 
     def replay_bytes(self) -> int:
-        """Of a buffer of full size, which is not made, as the script says."""
+        """Of a buffer of full size, as the script computes it; none is made."""
         return self.create_replay(FULL_BUFFER_SIZE).num_bytes
 
     def time_replay(self, stored: int) -> dict[str, float]:
