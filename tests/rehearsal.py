@@ -161,6 +161,7 @@ class NoRun:
         self.make_games = make_games
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.played: list[str] = []
+        self.played_q_values: list[float] = []  # of each call of `play`, for black frames
         self.saved: list[tuple[str, Weights]] = []
         self.seeds: list[Sequence[int]] = []
         self.checkpoints = 0
@@ -191,6 +192,7 @@ class NoRun:
 
     def play(self, name: str, compute_q_values: Callable, num_games: int, step: int) -> list[float]:
         self.played.append(name)
+        self.played_q_values.append(compute_q_values(np.zeros((1, 4, 84, 84), np.uint8)).max().item())
         return [0.5]
 
     def save_model(self, network: Any, suffix: str = "") -> None:

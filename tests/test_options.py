@@ -11,6 +11,7 @@ from both_scripts import is_qdagger, name_of
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
 from cleanrl.utils.command_line import check_arguments, describe_options
+from cleanrl.utils.run.options import MAY_CHANGE
 
 PUBLISHED = {
     "seed": 1,
@@ -128,3 +129,8 @@ def test_help_explains_every_option_and_its_default(script, help_text):
         default = "" if field.default is None else f" (default: {field.default})"
         explanation = letters(describe_options(script.Args)[field.name].help + default)
         assert re.search(rf"{option},?\S{{0,30}}{re.escape(explanation)}", text), option
+
+
+def test_no_option_of_the_algorithm_may_change_when_a_run_is_resumed(script):
+    algorithm = {name for name, option in describe_options(script.Args).items() if option.group != "run"}
+    assert MAY_CHANGE & algorithm <= {"total_timesteps", "buffer_device", "save_replay"}

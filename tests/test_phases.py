@@ -129,6 +129,7 @@ def test_the_student_is_evaluated_and_saved_while_it_learns_offline():
     assert [suffix for suffix, _ in happened.run.saved] == ["-offline"] * 3
     numbers = [weights.popitem()[1].item() for _, weights in happened.run.saved]
     assert 1.0 > numbers[0] > numbers[1] > numbers[2]
+    assert happened.run.played_q_values == numbers  # the student plays, not its target network
 
 
 def test_a_checkpoint_can_be_made_before_every_step_and_call(algorithm):
