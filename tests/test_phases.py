@@ -9,8 +9,8 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, JAX, TORCH, is_qdagger, name_of
-from rehearsal import NoGame, rehearsal_args, rehearse, td_losses_by_the_rules
+from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, is_qdagger, linear_network, name_of
+from rehearsal import NoGame, NoRun, rehearsal_args, rehearse, td_losses_by_the_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,6 +104,15 @@ def test_the_coefficient_follows_the_finished_games():
     expected = [1.0 if step < 150 else 0.75 for step in range(52, 241, 4)]
     np.testing.assert_allclose(happened.coefficients(), expected, atol=1e-5)
     assert happened.points["charts/distill_coeff"] == [(30 + 240, pytest.approx(0.75))]
+
+
+def test_a_resumed_run_keeps_the_returns_of_its_recent_games():
+    state = rehearse(TORCH, 2, partial(NoGame, game_length=15, game_return=4.5)).state
+    zeros = np.zeros((197, NUM_ACTIONS), np.float32)
+    teacher = linear_network(TORCH, zeros[1:], zeros[0])
+    resumed = NoRun(NoGame)  # in which no game ends
+    TORCH.train_online(rehearsal_args(TORCH, 2, total_timesteps=280), state, teacher, resumed)
+    assert resumed.points["charts/distill_coeff"] == [(30 + 280, pytest.approx(0.75))]
 
 
 def test_distill_steps_end_the_distillation():
