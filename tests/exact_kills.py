@@ -162,7 +162,7 @@ class Instants:
         if is_full and ("events." in name or "checkpoints" in name):
             self._pass()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.number == self.kill_at and name.endswith(".partial"):
+        if self.number == self.kill_at and os.path.isfile(name):
             with open(name, "r+b") as file:
                 file.truncate(os.fstat(descriptor).st_size // 2)
         self.sync(descriptor)

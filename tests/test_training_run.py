@@ -10,17 +10,20 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from both_scripts import read_curves, run_python
+from exact_kills import EnvsInThisProcess
 from replays import make_replay
 from torch import nn
 
+from cleanrl.dqn_atari import make_env
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.run import training_run
 from cleanrl.utils.run.checkpoint import newest_checkpoint
 from cleanrl.utils.run.folders import manifests
 from cleanrl.utils.run.options import RunOptions
@@ -50,7 +53,7 @@ class State:
 
 
 def start(script: str = "script.py", state: Any = None, **options: Any) -> TrainingRun:
-    return TrainingRun(Args(**options), Path(script), state or State(), gym.make, model="network")
+    return TrainingRun(Args(**options), Path(script), state or State(), make_env, model="network")
 
 
 class Killed(Exception):
@@ -140,6 +143,30 @@ def test_a_resumed_run_is_where_the_checkpoint_was_made():
     assert torch.equal(resumed.network.weight, run.state.network.weight)
     slots = run.state.replay.num_slots * torch.arange(2).numpy()
     assert (resumed.replay.observations(slots) == run.state.replay.observations(slots)).all()
+
+
+def test_games_continue_where_they_stood_and_others_start_anew(monkeypatch):
+    def play(envs: EnvsInThisProcess) -> np.ndarray:
+        for _ in range(8):
+            envs.step_async(np.array([2]))
+            envs.step_wait()
+        return envs.observations
+
+    monkeypatch.setattr(training_run, "ParallelEnvs", EnvsInThisProcess)
+    pong = {"env_id": "PongNoFrameskip-v4", "repeat_action_probability": 0.5}
+    with killed_run(**pong) as run, run.open_envs(1, seed=(1, 2)) as envs:
+        play(envs)
+        run.checkpoint()
+        expected = play(envs)
+    with killed_run(**pong, resume=str(run.folder)) as run:
+        with run.open_envs(1, seed=(1, 2)) as envs:
+            assert (play(envs) == expected).all()
+        run.checkpoint()
+    with killed_run(**pong, resume=str(run.folder)) as run:
+        with run.open_envs(1, seed=(1, 2)) as envs:
+            assert (envs.observations == expected).all()
+        with run.open_envs(1, seed=(1, 3)) as envs:
+            assert not (envs.observations == expected).all()
 
 
 def test_a_state_that_cannot_be_saved_ends_the_run_before_it_has_a_folder():
