@@ -47,16 +47,12 @@ def the_run(folder: Path) -> Path:
 
 
 def read_events(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every point of every curve, also those of the same step; in the order of steps."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    """Every point of every curve, also those of the same step, in the order in which they were written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(run_folder.glob("events.out.tfevents.*"), key=lambda path: path.name.split(".")[3]):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tensor.float_val:
-                    curves.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
-    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in curves.items()}
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def outcome(folder: Path) -> dict[str, Any]:

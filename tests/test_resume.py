@@ -43,6 +43,7 @@ def texts(path: Path) -> list[str]:
     return [value.tag for value in values if value.tensor.string_val]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_stopped_in_every_phase_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     checkpoint, looks, stops, where = TrainingRun.checkpoint, [], [], []
