@@ -34,6 +34,7 @@ from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.memory import plan_replay
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
@@ -297,23 +298,23 @@ class TrainState:
 
 def create_train_state(args: Args, num_actions: int, device: torch.device) -> TrainState:
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     # Convolutions are a third faster in this memory format.
     q_network, target_network = (
         QNetwork(num_actions).to(device, memory_format=torch.channels_last) for _ in range(2)
     )
     target_network.requires_grad_(False).load_state_dict(q_network.state_dict())
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, **adam_options(device))
     replay = plan_replay(args, TorchFrames, device)
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
 
 
-def update(state: TrainState, batch: Batch) -> Losses:
+@OneLaunch
+def update(state: TrainState, frames: Tensor, batch: Batch) -> Losses:
     """One gradient step; its loss, mean((y − Q(s, a))²), and the mean of Q(s, a) stay on the device."""
     with torch.no_grad():
-        next_q_values = state.target_network(batch.next_observations)
+        next_q_values = state.target_network(frames[batch.next_stacks])
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
-    q_values = state.q_network(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
+    q_values = state.q_network(frames[batch.stacks]).gather(1, batch.actions[:, None]).squeeze(1)
     loss = (targets - q_values).square().mean()
     state.optimizer.zero_grad()
     loss.backward()
@@ -324,11 +325,10 @@ def update(state: TrainState, batch: Batch) -> Losses:
 def learn(args: Args, state: TrainState, num_steps: int) -> Losses:
     """Gradient steps, each on a batch of its own; returns the last one's losses."""
     batches = state.replay.sample(args.batch_size, state.rng, num_batches=num_steps)
-    batches = [torch.as_tensor(column).to(state.device) for column in batches if column is not None]
-    for batch in zip(*batches, strict=True):
-        losses = update(state, Batch(*batch))
+    for index in range(num_steps):
+        losses = update(state, *state.replay.frames.place(batches.at(index), state.device))
     state.gradient_steps += num_steps
-    return losses
+    return {name: loss.clone() for name, loss in losses.items()}  # the next step overwrites them
 
 
 def steps_per_call(state: TrainState) -> int:
@@ -343,11 +343,15 @@ def update_target_network(state: TrainState, tau: float) -> None:
         target.lerp_(parameter, tau)
 
 
+@OneLaunch
 @torch.no_grad()
+def forward(network: nn.Module, observations: np.ndarray | Tensor) -> Tensor:
+    return network(observations)
+
+
 def compute_q_values(network: nn.Module, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    device = next(network.parameters()).device
-    return network(torch.from_numpy(observations).to(device)).cpu().numpy()
+    return forward(network, observations).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -421,7 +425,7 @@ def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     check_arguments(args)
     check_services(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
     if args.save_replay:
         check_new_folder(args.save_replay)
     state = create_train_state(args, num_actions, device)

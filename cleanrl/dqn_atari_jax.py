@@ -6,7 +6,6 @@ that. It saves a teacher for QDagger: the network (`--save-model`) and its last 
     python cleanrl/dqn_atari_jax.py --env-id BreakoutNoFrameskip-v4 --save-model
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -35,6 +34,7 @@ from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_jax import choose_device
 from cleanrl.utils.replay.frames_jax import JaxFrames, padded
 from cleanrl.utils.replay.memory import plan_replay
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
@@ -322,15 +322,15 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="learner")
-def update(args: Args, learner: Learner, batches: Batch) -> tuple[Learner, Losses]:
+def update(args: Args, learner: Learner, frames: Array, batches: Batch) -> tuple[Learner, Losses]:
     """A gradient step per batch (k, …); the last one's loss, mean((y − Q(s, a))²), is returned too."""
 
     def gradient_step(learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
-        next_q_values = learner.target_network(batch.next_observations)
+        next_q_values = learner.target_network(frames[batch.next_stacks])
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
 
         def compute_loss(q_network: QFunction) -> tuple[Array, Losses]:
-            q_values = q_network(batch.observations)[jnp.arange(len(batch.actions)), batch.actions]
+            q_values = q_network(frames[batch.stacks])[jnp.arange(len(batch.actions)), batch.actions]
             loss = jnp.square(targets - q_values).mean()
             return loss, {"td_loss": loss, "q_values": q_values.mean()}
 
@@ -349,7 +349,7 @@ def update(args: Args, learner: Learner, batches: Batch) -> tuple[Learner, Losse
 def learn(args: Args, state: TrainState, num_steps: int) -> Losses:
     """Gradient steps, each on a batch of its own; returns the last one's losses."""
     batches = state.replay.sample(args.batch_size, state.rng, num_batches=num_steps)
-    state.learner, losses = update(args, state.learner, jax.device_put(batches, state.device))
+    state.learner, losses = update(args, state.learner, *state.replay.frames.place(batches, state.device))
     state.gradient_steps += num_steps
     return losses
 
@@ -359,19 +359,25 @@ def steps_per_call(state: TrainState) -> int:
     return 2 if state.device.platform == "cpu" else 10
 
 
+@partial(jax.jit, static_argnames="tau", donate_argnames="learner")
+def move_target_network(learner: Learner, tau: float) -> Learner:
+    target_network = optax.incremental_update(learner.q_network, learner.target_network, tau)
+    return learner.replace(target_network=target_network)
+
+
 def update_target_network(state: TrainState, tau: float) -> None:
-    target_network = optax.incremental_update(state.q_network, state.learner.target_network, tau)
-    state.learner = state.learner.replace(target_network=target_network)
+    state.learner = move_target_network(state.learner, tau)
 
 
 @jax.jit
-def forward(q_function: QFunction, observations: Array) -> Array:
-    return q_function(observations)
+def forward(network: QFunction, observations: Array) -> Array:
+    return network(observations)
 
 
-def compute_q_values(q_function: QFunction, observations: np.ndarray) -> np.ndarray:
+def compute_q_values(network: QFunction, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    return np.asarray(forward(q_function, padded(observations)))[: len(observations)]
+    q_values = forward(network, jax.device_put(padded(observations)))
+    return jax.device_get(q_values)[: len(observations)]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -439,17 +445,6 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- main
-
-
-def choose_device(args: Args) -> jax.Device:
-    """The GPU if there is one and it is wanted, else the CPU. Must come before JAX computes anything."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for another run
-    flags = os.environ.get("XLA_FLAGS", "")
-    if args.torch_deterministic and "--xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    if not args.cuda:
-        jax.config.update("jax_platforms", "cpu")
-    return jax.devices()[0]
 
 
 def main(args: Args) -> None:

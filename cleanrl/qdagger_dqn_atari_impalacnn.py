@@ -36,6 +36,7 @@ from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions, random_return
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device, set_learning_rate
 from cleanrl.utils.hub.download import download, teacher_filename
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.memory import plan_replays
@@ -447,28 +448,30 @@ class TrainState:
 
 def create_train_state(args: Args, num_actions: int, device: torch.device) -> TrainState:
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     # Convolutions are a third faster in this memory format.
     student, target_network = (
         StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
         for _ in range(2)
     )
     target_network.requires_grad_(False).load_state_dict(student.state_dict())
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, eps=args.adam_epsilon)
+    settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, **adam_options(device)}
+    optimizer = torch.optim.Adam(student.parameters(), **settings)
     replays = plan_replays(args, num_actions, TorchFrames, device)
     return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed), *replays)
 
 
-def update(args: Args, state: TrainState, batch: Batch, distill_coeff: float) -> Losses:
+@OneLaunch
+def update(
+    args: Args, state: TrainState, frames: Tensor, batch: Batch, distill_weight: np.ndarray | Tensor
+) -> Losses:
     """One gradient step; its losses and the mean of Q(s, a) stay on the device."""
     with torch.no_grad():
-        next_q_values = state.target_network(batch.next_observations)
+        next_q_values = state.target_network(frames[batch.next_stacks])
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
-    q_values = state.student(batch.observations)
+    q_values = state.student(frames[batch.stacks])
     td = td_loss(q_values, batch.actions, targets, args.td_loss)
     distill = distill_loss(q_values, batch.teacher_q_values, args.temperature)
-    loss = td + distill_coeff * args.distill_weight * distill
-    state.optimizer.param_groups[0]["lr"] = learning_rate(args, distill_coeff)
+    loss = td + distill_weight * distill
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
@@ -480,11 +483,13 @@ def update(args: Args, state: TrainState, batch: Batch, distill_coeff: float) ->
 def learn(args: Args, state: TrainState, replay: ReplayBuffer, distill_coeffs: list[float]) -> Losses:
     """A gradient step per coefficient, each on a batch of its own; returns the last one's losses."""
     batches = replay.sample(args.batch_size, state.rng, num_batches=len(distill_coeffs))
-    batches = [torch.as_tensor(column).to(state.device) for column in batches]
     for index, distill_coeff in enumerate(distill_coeffs):
-        losses = update(args, state, Batch(*(column[index] for column in batches)), distill_coeff)
+        frames, batch = replay.frames.place(batches.at(index), state.device)
+        set_learning_rate(state.optimizer, learning_rate(args, distill_coeff))
+        distill_weight = np.array(distill_coeff * args.distill_weight, np.float32)
+        losses = update(args, state, frames, batch, distill_weight)
     state.gradient_steps += len(distill_coeffs)
-    return losses
+    return {name: loss.clone() for name, loss in losses.items()}  # the next step overwrites them
 
 
 def steps_per_call(state: TrainState) -> int:
@@ -498,11 +503,17 @@ def update_target_network(state: TrainState, tau: float) -> None:
         target.lerp_(parameter, tau)
 
 
+@OneLaunch
 @torch.no_grad()
-def compute_q_values(network: nn.Module, observations: np.ndarray) -> np.ndarray:
-    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    device = next(network.parameters()).device
-    return network(torch.from_numpy(observations).to(device)).cpu().numpy()
+def forward(networks: nn.Module | tuple[nn.Module, ...], observations: np.ndarray | Tensor) -> Tensor:
+    if isinstance(networks, nn.Module):
+        return networks(observations)
+    return torch.stack([network(observations) for network in networks])
+
+
+def compute_q_values(networks: nn.Module | tuple[nn.Module, ...], observations: np.ndarray) -> np.ndarray:
+    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84); of each network of a tuple."""
+    return forward(networks, observations).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -609,12 +620,11 @@ def train_online(args: Args, state: TrainState, teacher: TeacherNetwork, run: Tr
         start_time = time.monotonic() - state.online_seconds
         while state.online_step < args.total_timesteps:
             run.checkpoint()
+            q_values, teacher_q_values = compute_q_values((state.student, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
-            actions = explore(state.rng, epsilon, compute_q_values(state.student, envs.observations))
+            actions = explore(state.rng, epsilon, q_values)
             envs.step_async(actions)
-            # While the games step: the teacher's view of what the student saw, and the learning that is due.
-            teacher_q_values = compute_q_values(teacher, envs.observations)
-            learn_online(args, state, run)
+            learn_online(args, state, run)  # while the games step
             step = envs.step_wait()
             state.student_replay.add(actions, step, teacher_q_values)
             for game in step.finished_games:
@@ -672,7 +682,7 @@ def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     check_arguments(args)
     check_services(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 

@@ -7,7 +7,6 @@ offline, (3) the student plays and learns online while the teacher's influence f
     python cleanrl/qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions, random_return
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_jax import choose_device
 from cleanrl.utils.hub.download import download, teacher_filename
 from cleanrl.utils.replay.frames_jax import JaxFrames, padded
 from cleanrl.utils.replay.memory import plan_replays
@@ -483,16 +483,18 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="learner")
-def update(args: Args, learner: Learner, batches: Batch, distill_coeffs: Array) -> tuple[Learner, Losses]:
+def update(
+    args: Args, learner: Learner, frames: Array, batches: Batch, distill_coeffs: Array
+) -> tuple[Learner, Losses]:
     """A gradient step per batch (k, …) and coefficient (k,); the last one's losses are returned too."""
 
     def gradient_step(learner: Learner, batch_and_coeff: tuple[Batch, Array]) -> tuple[Learner, Losses]:
         batch, distill_coeff = batch_and_coeff
-        next_q_values = learner.target_network(batch.next_observations)
+        next_q_values = learner.target_network(frames[batch.next_stacks])
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
 
         def compute_loss(student: QFunction) -> tuple[Array, Losses]:
-            q_values = student(batch.observations)
+            q_values = student(frames[batch.stacks])
             td = td_loss(q_values, batch.actions, targets, args.td_loss)
             distill = distill_loss(q_values, batch.teacher_q_values, args.temperature)
             loss = td + distill_coeff * args.distill_weight * distill
@@ -515,8 +517,9 @@ def update(args: Args, learner: Learner, batches: Batch, distill_coeffs: Array) 
 def learn(args: Args, state: TrainState, replay: ReplayBuffer, distill_coeffs: list[float]) -> Losses:
     """A gradient step per coefficient, each on a batch of its own; returns the last one's losses."""
     batches = replay.sample(args.batch_size, state.rng, num_batches=len(distill_coeffs))
-    inputs = jax.device_put((batches, np.float32(distill_coeffs)), state.device)
-    state.learner, losses = update(args, state.learner, *inputs)
+    frames, batches = replay.frames.place(batches, state.device)
+    distill_coeffs = jax.device_put(np.float32(distill_coeffs), state.device)
+    state.learner, losses = update(args, state.learner, frames, batches, distill_coeffs)
     state.gradient_steps += len(distill_coeffs)
     return losses
 
@@ -526,19 +529,27 @@ def steps_per_call(state: TrainState) -> int:
     return 2 if state.device.platform == "cpu" else 10
 
 
+@partial(jax.jit, static_argnames="tau", donate_argnames="learner")
+def move_target_network(learner: Learner, tau: float) -> Learner:
+    target_network = optax.incremental_update(learner.student, learner.target_network, tau)
+    return learner.replace(target_network=target_network)
+
+
 def update_target_network(state: TrainState, tau: float) -> None:
-    target_network = optax.incremental_update(state.student, state.learner.target_network, tau)
-    state.learner = state.learner.replace(target_network=target_network)
+    state.learner = move_target_network(state.learner, tau)
 
 
 @jax.jit
-def forward(q_function: QFunction, observations: Array) -> Array:
-    return q_function(observations)
+def forward(networks: QFunction | tuple[QFunction, ...], observations: Array) -> Array:
+    if isinstance(networks, QFunction):
+        return networks(observations)
+    return jnp.stack([network(observations) for network in networks])
 
 
-def compute_q_values(q_function: QFunction, observations: np.ndarray) -> np.ndarray:
-    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    return np.asarray(forward(q_function, padded(observations)))[: len(observations)]
+def compute_q_values(networks: QFunction | tuple[QFunction, ...], observations: np.ndarray) -> np.ndarray:
+    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84); of each network of a tuple."""
+    q_values = forward(networks, jax.device_put(padded(observations)))
+    return jax.device_get(q_values)[..., : len(observations), :]
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -645,12 +656,11 @@ def train_online(args: Args, state: TrainState, teacher: QFunction, run: Trainin
         start_time = time.monotonic() - state.online_seconds
         while state.online_step < args.total_timesteps:
             run.checkpoint()
+            q_values, teacher_q_values = compute_q_values((state.student, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
-            actions = explore(state.rng, epsilon, compute_q_values(state.student, envs.observations))
+            actions = explore(state.rng, epsilon, q_values)
             envs.step_async(actions)
-            # While the games step: the teacher's view of what the student saw, and the learning that is due.
-            teacher_q_values = compute_q_values(teacher, envs.observations)
-            learn_online(args, state, run)
+            learn_online(args, state, run)  # while the games step
             step = envs.step_wait()
             state.student_replay.add(actions, step, teacher_q_values)
             for game in step.finished_games:
@@ -702,17 +712,6 @@ def evaluate_student(args: Args, state: TrainState, name: str, run: TrainingRun)
 
 
 # -------------------------------------------------------------------------------------------------- main
-
-
-def choose_device(args: Args) -> jax.Device:
-    """The GPU if there is one and it is wanted, else the CPU. Must come before JAX computes anything."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for another run
-    flags = os.environ.get("XLA_FLAGS", "")
-    if args.torch_deterministic and "--xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    if not args.cuda:
-        jax.config.update("jax_platforms", "cpu")
-    return jax.devices()[0]
 
 
 def main(args: Args) -> None:

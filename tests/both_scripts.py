@@ -20,6 +20,8 @@ import cleanrl.dqn_atari as DQN_TORCH
 import cleanrl.dqn_atari_jax as DQN_JAX
 import cleanrl.qdagger_dqn_atari_impalacnn as TORCH
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as JAX
+from cleanrl.utils.replay.frames_jax import JaxFrames
+from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import Batch
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
@@ -111,9 +113,19 @@ def run_python(folder: Path, *arguments: str, **settings: str) -> tuple[int, str
 def learn(
     script: ModuleType, args: Any, state: Any, batches: list[Batch], distill_coeffs: list[float] | None = None
 ) -> dict[str, float]:
-    """A gradient step on each batch, of NumPy's arrays; the last one's losses."""
+    """A gradient step on each batch; the last one's losses.
+
+    The batches have observations uint8 (batch, 4, 84, 84) in place of their frames' slots.
+    """
     columns = [np.stack(column) if column[0] is not None else None for column in zip(*batches, strict=True)]
-    replay = SimpleNamespace(sample=lambda batch_size, rng, num_batches: Batch(*columns))
+    stacked = Batch(*columns)
+    observations = np.stack([stacked.stacks, stacked.next_stacks])
+    stacks = np.arange(observations[..., 0, 0].size).reshape(observations.shape[:-2])
+    frames_type, device = (TorchFrames if uses_torch(script) else JaxFrames), device_of(script)
+    frames = frames_type(stacks.size, device)
+    frames.write(stacks.reshape(-1), observations.reshape(-1, 84, 84))
+    stacked = stacked._replace(stacks=stacks[0], next_stacks=stacks[1])
+    replay = SimpleNamespace(sample=lambda batch_size, rng, num_batches: stacked, frames=frames)
     if is_qdagger(script):
         losses = script.learn(args, state, replay, distill_coeffs or [1.0] * len(batches))
     else:
@@ -188,7 +200,7 @@ def linear_network(script: ModuleType, kernel: np.ndarray, bias: np.ndarray) -> 
     """The same as a teacher."""
     own = linear_weights(script, kernel, bias)
     if not uses_torch(script):
-        return script.QFunction(unflatten(own), JaxLinear(len(bias)))
+        return script.QFunction(jax.device_put(unflatten(own)), JaxLinear(len(bias)))
     network = TorchLinear(len(bias)).requires_grad_(False)
     network.load_state_dict({name: torch.tensor(array) for name, array in own.items()})
     return network

@@ -497,6 +497,7 @@ RULES = [
     Rule(r"python tests/benchmarks/(speed|scaling)\.py\b.*", check_benchmark, None, "it takes minutes"),
     Rule(r"python tests/benchmarks/(checkpoint_cost|long_run|replay_memory)\.py.*", anything, run_benchmark),
     Rule(r"python tests/kill_storm\.py\b.*", anything, run_kill_storm),
+    Rule(r"python tests/gpu_check\.py\b.*", anything, None, "tests/test_gpu_check.py tries it"),
 ]
 
 

@@ -1,6 +1,6 @@
 """Random steps of several environments, and replay buffers filled with them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from cleanrl.utils.replay import saved_replay
 from cleanrl.utils.replay.frames_jax import JaxFrames
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.memory import plan_replays
-from cleanrl.utils.replay.ring import Batch, ReplayBuffer
+from cleanrl.utils.replay.ring import ReplayBuffer
 
 NUM_ACTIONS = 6
 GAMMA = 0.9
@@ -143,35 +143,42 @@ class ImpatientGenerator:
         return self.rng.integers(*arguments, **settings)
 
 
-def to_numpy(batch: Batch) -> Batch:
-    arrays = (np.asarray(values) for values in batch if values is not None)
-    return Batch(*arrays)
+class Transitions(NamedTuple):
+    """A `Batch` with its observations (batch, 4, 84, 84) in place of their frames' slots."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_observations: np.ndarray
+    terminations: np.ndarray
+    discounts: np.ndarray
+    teacher_q_values: np.ndarray | None
 
 
-def gather(replay: ReplayBuffer, slots: np.ndarray) -> Batch:
-    """The transitions at `slots`, in NumPy."""
-    num_slots = len(slots)
-    if isinstance(replay.frames, JaxFrames):  # by 32s, as JAX compiles for every new number of slots
-        slots = np.resize(slots, -(-num_slots // 32) * 32)
-    batch = to_numpy(replay.gather(slots))
-    return Batch(*(values[:num_slots] for values in batch if values is not None))
+def gather(replay: ReplayBuffer, slots: np.ndarray) -> Transitions:
+    """The transitions at `slots`, integers (batch,)."""
+    batch = replay.gather(slots)
+    stacks = np.stack([batch.stacks, batch.next_stacks])
+    observations = replay.frames.read(stacks.reshape(-1)).reshape(*stacks.shape, 84, 84)
+    _, actions, rewards, _, *others = batch
+    return Transitions(observations[0], actions, rewards, observations[1], *others)
 
 
-def draw_everything(replay: ReplayBuffer) -> Batch:
+def draw_everything(replay: ReplayBuffer) -> Transitions:
     """Every transition that can be drawn, once."""
     assert replay.can_sample
     num_draws = 40 * replay.num_envs * replay.num_slots  # misses one: e^-40
     return gather(replay, np.unique(replay.draw(num_draws, ImpatientGenerator())))
 
 
-def keys_of(batch: Batch) -> list[Key]:
+def keys_of(batch: Transitions) -> list[Key]:
     """Which transitions of the stream they are; each once."""
     keys = [(int(env), 256 * int(high) + int(low)) for env, high, low in batch.observations[:, -1, 0, :3]]
     assert len(set(keys)) == len(keys)
     return keys
 
 
-def assert_transitions(batch: Batch, stream: Stream, keys: Sequence[Key], n_step: int = 1) -> None:
+def assert_transitions(batch: Transitions, stream: Stream, keys: Sequence[Key], n_step: int = 1) -> None:
     """The batch holds those transitions of the stream, with sums of up to n rewards."""
     transitions = [stream.at(key) for key in keys]
     totals, last, steps = zip(*(stream.sum_rewards(key, n_step) for key in keys), strict=True)
@@ -183,8 +190,9 @@ def assert_transitions(batch: Batch, stream: Stream, keys: Sequence[Key], n_step
     np.testing.assert_allclose(batch.discounts, np.power(GAMMA, steps), rtol=1e-6)
 
 
-def equal(one: Batch, other: Batch) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(to_numpy(one), to_numpy(other), strict=True))
+def equal(one: Iterable, other: Iterable) -> bool:
+    """Whether two batches are."""
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # ------------------------------------------------------------------------------------------- on the disk

@@ -111,7 +111,7 @@ OBSERVATIONS = {"noise": noise, "blocks": blocks, "pong": pong}
 
 
 def make_batch(dtype: str, seed: int) -> Batch:
-    """Half of it is noise, half are Pong and blocks."""
+    """Half of it is noise, half are Pong and blocks; with observations in place of their frames' slots."""
     rng = np.random.default_rng(seed)
     half = BATCH // 2
 
@@ -120,10 +120,10 @@ def make_batch(dtype: str, seed: int) -> Batch:
         return np.concatenate([noise(half, rng.integers(1000)), screens])
 
     return Batch(
-        observations=draw_observations(),
+        stacks=draw_observations(),
         actions=rng.integers(NUM_ACTIONS, size=BATCH),
         rewards=rng.integers(-1, 2, BATCH).astype(dtype),
-        next_observations=draw_observations(),
+        next_stacks=draw_observations(),
         terminations=rng.permutation(np.arange(BATCH) % 2).astype(dtype),
         discounts=(0.99 ** rng.integers(1, 4, BATCH)).astype(dtype),
         teacher_q_values=rng.normal(size=(BATCH, NUM_ACTIONS), scale=2).astype(dtype),

@@ -44,12 +44,13 @@ def random_linear(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_batch(rng: np.random.Generator, size: int, has_teacher: bool) -> Batch:
+    """As `learn` of both_scripts takes it: with observations in place of their stacks' slots."""
     steps = rng.integers(1, 4, size)
     return Batch(
-        observations=rng.integers(256, size=(size, 4, 84, 84), dtype=np.uint8),
+        stacks=rng.integers(256, size=(size, 4, 84, 84), dtype=np.uint8),
         actions=rng.integers(NUM_ACTIONS, size=size),
         rewards=rng.choice([-1, 0, 1], size).astype(np.float32),
-        next_observations=rng.integers(256, size=(size, 4, 84, 84), dtype=np.uint8),
+        next_stacks=rng.integers(256, size=(size, 4, 84, 84), dtype=np.uint8),
         terminations=(np.arange(size) % 3 == 1).astype(np.float32),
         discounts=(0.9**steps).astype(np.float32),
         teacher_q_values=rng.normal(size=(size, NUM_ACTIONS)).astype(np.float32) if has_teacher else None,
@@ -70,7 +71,7 @@ class Reference:
         self.steps, self.args = 0, vars(args)
 
     def learn(self, batch: Batch, coefficient: float) -> dict[str, float]:
-        x, next_x = pixels(batch.observations), pixels(batch.next_observations)
+        x, next_x = pixels(batch.stacks), pixels(batch.next_stacks)
         samples = range(len(batch.actions))
         kernel, bias = self.target
         best = (next_x @ kernel + bias).max(axis=1)

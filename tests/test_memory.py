@@ -11,6 +11,7 @@ from cleanrl.utils.replay.memory import (
     GPU_BYTES,
     PROCESS_BYTES,
     WORKER_BYTES,
+    memory_shortage,
     place_replay_buffer,
     plan_replay,
     plan_replays,
@@ -95,6 +96,54 @@ def test_the_frames_lie_on_the_training_device_if_they_fit_else_on_the_host(buff
         replay.allocate()
         assert replay.frames.device == expected
         assert buffer_size <= replay.frames.num_slots < buffer_size + 100
+
+
+@pytest.mark.parametrize(("device", "made_at_once"), [("gpu", 1), ("host", 0)])
+def test_qdaggers_buffers_share_their_frames_which_are_taken_of_a_gpu_at_once(device, made_at_once):
+    """So that another run is not told that this memory is free."""
+    made = []
+
+    class CountedFrames(PlacedFrames):
+        def __init__(self, num_slots: int, device: str):
+            super().__init__(num_slots, device)
+            made.append(self)
+
+    args = qdagger_dqn_atari_impalacnn.Args(teacher_steps=1_000, total_timesteps=2_000)
+    of_teacher, of_student = plan_replays(args, 18, CountedFrames, device)
+    assert len(made) == made_at_once
+    of_teacher.allocate()
+    of_teacher.free()
+    of_student.allocate()
+    assert made == [of_student.frames]
+    assert made[0].num_slots == of_student.num_envs * of_student.num_slots > of_teacher.num_slots * 8
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_frames_that_another_run_took_meanwhile_are_a_one_line_error(error):
+    class TakenFrames(PlacedFrames):
+        def __init__(self, num_slots: int, device: str):
+            raise error
+
+    args = dqn_atari.Args(buffer_size=1_000)
+    with pytest.raises(SystemExit, match=r"^error: .*memory.*use --buffer-device cpu or a smaller"):
+        plan_replay(args, TakenFrames, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shortage"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (OSError("out of memory"), False),
+    ],
+)
+def test_errors_that_mean_that_memory_is_short_are_told_in_one_line(error, is_shortage):
+    shortage = memory_shortage(error)
+    assert (shortage is not None) == is_shortage
+    assert not is_shortage or ("\n" not in shortage and "--buffer-device cpu" in shortage)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from replays import (
     equal,
     fill,
     filled,
+    gather,
     keys_of,
     make_replay,
 )
@@ -151,7 +152,7 @@ def end_after(step_kinds: str, n_step: int):
         ends = np.array([kind == "T"]), np.array([kind == "U"])
         replay.add(np.zeros(1, int), StepResult(observation, np.ones(1, np.float32), *ends, final, []))
     slots = np.unique(replay.draw(1000, np.random.default_rng(0)))
-    return replay.gather(slots)
+    return gather(replay, slots)
 
 
 # steps, n: for the first transition the rewards summed, the newest frame to bootstrap from, terminated
@@ -249,8 +250,7 @@ def test_a_generator_gives_the_same_batches_at_once_and_one_by_one_in_both_kinds
         rngs = [np.random.default_rng(5) for _ in range(2)]
         batches = replay.sample(16, rngs[0], num_batches=4)
         for index in range(4):
-            (one_by_one,) = zip(*replay.sample(16, rngs[1]), strict=True)
-            assert equal(one_by_one, [values[index] for values in batches])
+            assert equal(replay.sample(16, rngs[1]).at(0), batches.at(index))
         assert rngs[0].random() == rngs[1].random()
         samples.append(batches)
     assert equal(*samples)
@@ -260,17 +260,14 @@ def test_a_generator_gives_the_same_batches_at_once_and_one_by_one_in_both_kinds
 def test_a_batch_has_the_documented_shapes_and_types(frames_type, num_q_values):
     replay = make_replay(frames_type, 40, num_envs=2, num_q_values=num_q_values)
     batch = filled(replay, Stream(2, 60, FEW_ENDS)).sample(32, np.random.default_rng(0), num_batches=3)
-    assert type(batch.observations) is type(batch.next_observations) is type(replay.frames.frames)
     described = {
-        name: (tuple(values.shape), np.asarray(values).dtype)
-        for name, values in batch._asdict().items()
-        if values is not None
+        name: (values.shape, values.dtype) for name, values in batch._asdict().items() if values is not None
     }
     expected = {
-        "observations": ((3, 32, 4, 84, 84), np.uint8),
+        "stacks": ((3, 32, 4), np.int64),
         "actions": ((3, 32), np.int64),
         "rewards": ((3, 32), np.float32),
-        "next_observations": ((3, 32, 4, 84, 84), np.uint8),
+        "next_stacks": ((3, 32, 4), np.int64),
         "terminations": ((3, 32), np.float32),
         "discounts": ((3, 32), np.float32),
         "teacher_q_values": ((3, 32, NUM_ACTIONS), np.float32),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,24 +121,27 @@ def test_the_baseline_updates_like_the_script(pong):
             100
         )  # another network than the student, whose Q-values matter
     state.target_network.load_state_dict(pong.target_network.state_dict())
+    frames = torch.cat([batch.observations, batch.next_observations]).view(-1, 84, 84)
+    stacks = np.arange(len(frames)).reshape(2, 32, 4)
     script_batch = TORCH.Batch(
-        observations=batch.observations,
-        actions=batch.actions[:, 0],
-        rewards=batch.rewards[:, 0],
-        next_observations=batch.next_observations,
-        terminations=batch.dones[:, 0],
-        discounts=torch.full((32,), pong.args.gamma),
-        teacher_q_values=pong.teacher(batch.observations),
+        stacks=stacks[0],
+        actions=batch.actions[:, 0].numpy(),
+        rewards=batch.rewards[:, 0].numpy(),
+        next_stacks=stacks[1],
+        terminations=batch.dones[:, 0].numpy(),
+        discounts=np.full(32, pong.args.gamma, np.float32),
+        teacher_q_values=pong.teacher(batch.observations).numpy(),
     )
+    script_update = partial(TORCH.update, pong.args, state, frames, script_batch, np.array(0.5, np.float32))
     for _ in range(2):  # the second on what the first has changed
-        expected = TORCH.update(pong.args, state, script_batch, distill_coeff=0.5)
+        expected = script_update()
         for name, loss in pong.update(batch, distill_coeff=0.5).items():
             torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-6)
 
     # The baseline's has the teacher's forward pass as well, a multiplication and an addition per weight.
     convolutions = 20 * 20 * 32 * 4 * 8 * 8 + 9 * 9 * 64 * 32 * 4 * 4 + 7 * 7 * 64 * 64 * 3 * 3
     teacher_flops = 2 * (convolutions + 3136 * 512 + 512 * 6)
-    own_flops = programs.count_flops(lambda: TORCH.update(pong.args, state, script_batch, 0.5))
+    own_flops = programs.count_flops(script_update)
     assert programs.count_flops(lambda: pong.update(batch, 0.5)) == own_flops + 32 * teacher_flops
 
 

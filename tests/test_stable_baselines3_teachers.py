@@ -105,7 +105,7 @@ def test_files_are_named_as_in_the_zoo():
 def test_one_from_the_hub_is_loaded(script, saved, tmp_path):
     code = f"from {script.__name__} import *; " + (
         "import sys; args = Args(teacher_policy_hf_repo=sys.argv[1]);"
-        "load_teacher(args, 6, choose_device(args) if 'choose_device' in globals() else torch.device('cpu'))"
+        "load_teacher(args, 6, choose_device(args))"
     )
     with HubServer(saved.read_bytes()) as server:
         process = run_python(server.url, tmp_path, "-c", code, "sb3/dqn-PongNoFrameskip-v4")

@@ -67,7 +67,7 @@ def main(
     suffix = {"torch": "", "jax": "_jax"}[framework]
     script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{suffix}_impalacnn")
     args = script.Args(num_envs=NUM_ENVS, buffer_size=stored, batch_size=32, cuda=device == "cuda")
-    training_device = script.torch.device(device) if framework == "torch" else script.choose_device(args)
+    training_device = script.choose_device(args)
     steps = make_steps()
 
     def wait_for(arrays: Any) -> None:
@@ -89,7 +89,11 @@ def main(
         wait_for(state.teacher_replay.frames.frames)
 
     def sample(state: Any, num_batches: int) -> None:
-        wait_for(state.teacher_replay.sample(args.batch_size, state.rng, num_batches).next_observations)
+        replay = state.teacher_replay
+        frames, batches = replay.frames.place(
+            replay.sample(args.batch_size, state.rng, num_batches), training_device
+        )
+        wait_for((frames[batches.stacks], frames[batches.next_stacks]))
 
     def learn(state: Any, coefficients: list[float]) -> None:
         wait_for(script.learn(args, state, state.teacher_replay, coefficients))

@@ -1,6 +1,6 @@
 """What is measured, the baseline and both scripts, behind the same few requests; and the machine's limits.
 
-python tests/benchmarks/programs.py {baseline,torch,jax,limits} {cpu,cuda} NUM_ENVS
+python tests/benchmarks/programs.py {baseline,torch,torch-eager,jax,limits} {cpu,cuda} NUM_ENVS
 
 Each program is a process of its own, as PyTorch and JAX would take the cores from each other. It says "ready"
 once the teacher has made its first step, then answers requests on standard input, lines of `NAME AMOUNT…`,
@@ -39,7 +39,7 @@ class Program:
     """A process with one of the programs; a context manager that ends it.
 
     Args:
-        name: baseline, torch, jax or limits.
+        name: baseline, torch, torch-eager (without CUDA graphs), jax or limits.
         device: cpu or cuda.
         num_envs: environments of a script.
     """
@@ -78,7 +78,7 @@ class Program:
         self.process.wait()
 
 
-def create_args(script: Any, device: str, num_envs: int) -> Any:
+def create_args(script: Any, device: str, num_envs: int, cuda_graphs: bool = True) -> Any:
     """The settings that are measured: the script's defaults, learning from the first online step on."""
     return script.Args(
         env_id=ENV_ID,
@@ -88,6 +88,7 @@ def create_args(script: Any, device: str, num_envs: int) -> Any:
         learning_starts=0,
         offline_eval_frequency=10**9,
         cuda=device == "cuda",
+        cuda_graphs=cuda_graphs,
         save_model=False,
         checkpoint_interval=0,
     )
@@ -99,13 +100,13 @@ class ScriptPhases(ExitStack):
     What the two frameworks need done differently is in the classes below.
     """
 
-    def __init__(self, script_name: str, device: str, num_envs: int):
+    def __init__(self, script_name: str, device: str, num_envs: int, cuda_graphs: bool = True):
         super().__init__()
         from cleanrl.utils.games.parallel_envs import ParallelEnvs
 
         self.script = importlib.import_module(f"cleanrl.{script_name}")
-        self.args = create_args(self.script, device, num_envs)
-        self.device = self.choose_device()
+        self.args = create_args(self.script, device, num_envs, cuda_graphs)
+        self.device = self.script.choose_device(self.args)
         self.envs = self.enter_context(ParallelEnvs([partial(self.script.make_env, ENV_ID)] * num_envs))
         self.teacher = self.script.load_teacher(self.args, NUM_ACTIONS, self.device)
         self.state = self.script.create_train_state(self.args, NUM_ACTIONS, self.device)
@@ -169,7 +170,8 @@ class ScriptPhases(ExitStack):
 
         def sample(number: int) -> None:
             for _ in range(number):
-                self.wait_for(replay.sample(self.args.batch_size, rng).next_observations)
+                frames, batch = replay.frames.place(replay.sample(self.args.batch_size, rng), self.device)
+                self.wait_for((frames[batch.stacks], frames[batch.next_stacks]))
 
         add(stored // num_envs)
         add_s = seconds_of(lambda: add(ADDS))
@@ -189,13 +191,28 @@ class TorchPhases(ScriptPhases):
     def frames_type(self) -> type:
         return self.script.TorchFrames
 
-    def choose_device(self) -> Any:
+    def update_flops(self) -> int:
+        return count_flops(self.learn)
+
+    def update_launches(self) -> tuple[int, int]:
+        """Of a gradient step with fused Adam, as on a GPU: its operators, and about as many kernels."""
         import torch
 
-        return torch.device("cuda" if self.args.cuda else "cpu")
+        own = self.state.optimizer
+        self.state.optimizer = torch.optim.Adam(self.state.student.parameters(), lr=1e-4, fused=True)
+        self.learn()  # Adam makes its moments
+        counts = count_launches(self.learn)
+        self.state.optimizer = own
+        return counts
 
-    def update_flops(self) -> int:
-        return count_flops(lambda: self.script.learn(self.args, self.state, self.state.teacher_replay, [1.0]))
+    def learn(self) -> None:
+        self.script.learn(self.args, self.state, self.state.teacher_replay, [1.0])
+
+    def peak_bytes(self) -> int:
+        """The most memory of the GPU that tensors have taken so far."""
+        import torch
+
+        return torch.cuda.max_memory_allocated()
 
     def wait_for(self, array: Any) -> None:
         wait_for_torch(self.device)
@@ -208,9 +225,6 @@ class JaxPhases(ScriptPhases):
     @property
     def frames_type(self) -> type:
         return self.script.JaxFrames
-
-    def choose_device(self) -> Any:
-        return self.script.choose_device(self.args)
 
     def wait_for(self, array: Any) -> None:
         array.block_until_ready()
@@ -343,6 +357,32 @@ def count_flops(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+# Kernels of an operator that launches more than one on a GPU, as far as its profiles show.
+KERNELS = {"convolution": 2, "convolution_backward": 3, "_fused_adam_": 2}
+
+
+def count_launches(work: Callable[[], Any]) -> tuple[int, int]:
+    """The operators in `work`, and about how many kernels they would launch on a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Count(TorchDispatchMode):
+        operators = launches = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            output = operator(*args, **(kwargs or {}))
+            self.operators += 1
+            name = operator.overloadpacket.__name__
+            is_view = any(result.alias_info for result in operator._schema.returns)
+            if tree_leaves(output) and (operator._schema.is_mutable or not is_view) and name != "empty":
+                self.launches += KERNELS.get(name, 1)
+            return output
+
+    with Count() as count:
+        work()
+    return count.operators, count.launches
+
+
 class Requests:
     """What a process answers."""
 
@@ -382,6 +422,9 @@ def serve(name: str, device: str, num_envs: int) -> None:
     programs: dict[str, Callable[[], Any]] = {
         "baseline": partial(BaselinePhases, device),
         "torch": partial(TorchPhases, "qdagger_dqn_atari_impalacnn", device, num_envs),
+        "torch-eager": partial(
+            TorchPhases, "qdagger_dqn_atari_impalacnn", device, num_envs, cuda_graphs=False
+        ),
         "jax": partial(JaxPhases, "qdagger_dqn_atari_jax_impalacnn", device, num_envs),
         "limits": partial(Limits, device),
     }

@@ -21,7 +21,8 @@ The ratio says how many times better than the baseline a script is; over 1 is fa
 share says how much of the machine's limit is used. For gradient steps that is the floating-point operations
 of an update, counted while it runs, over the rate of a large float32 matrix product; acting is not counted.
 For fill and evaluation it is the games' frames over the rate of ALE's bare `act` on all cores. Numbers are
-medians of the rounds, limits the best of them. Warm-up does not count, compilation only in the start-up.
+medians of the rounds, limits the best of them. A line below the table says how many operators a gradient step
+has, and about how many kernels they are on a GPU. Warm-up does not count, compilation only in the start-up.
 """
 
 import importlib.metadata
@@ -45,6 +46,7 @@ from programs import FRAMES_PER_STEP, TRAIN_FREQUENCY, Program
 PROGRAMS = {"baseline": "baseline", "torch": "PyTorch", "jax": "JAX"}
 PACKAGES = ("torch", "jax", "flax", "numpy", "gymnasium", "ale-py", "stable-baselines3")
 LIMITS = ("flops_per_s", "frames_per_s")
+COUNTS = ("operators", "launches")  # of a gradient step
 LOAD_WORTH_A_WARNING = 0.5
 Phase = Literal["fill", "offline", "online", "evaluation"]
 
@@ -195,6 +197,8 @@ def measure_round(
                 note(phase, program.name, value)
         # The JAX script's update is the PyTorch script's.
         flops = {program.name: program.ask("update_flops") for program in programs[:2]}
+        for name, number in zip(COUNTS, programs[1].ask("update_launches"), strict=True):
+            note(name, "torch", number)
     return measurements, flops | {"jax": flops["torch"]}
 
 
@@ -253,6 +257,11 @@ def main(
     limits = {limit: max(m.value for m in measurements if m.measure == limit) for limit in LIMITS}
     table = summarize(measurements, limits, update_flops, rows)
     print(to_markdown(table, rows))
+    operators, launches = ({m.measure: m.value for m in measurements}[name] for name in COUNTS)
+    print(
+        f"\nPyTorch's gradient step has {operators:.0f} operators: on a GPU about {launches:.0f} launches, "
+        "or 1 as a CUDA graph."
+    )
     if json:
         write_json(json, machine, amounts, measurements, limits, update_flops, table)
     if chart:

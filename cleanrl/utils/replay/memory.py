@@ -1,13 +1,14 @@
 """How much memory the replay buffers take, whether there is that much, and where they lie."""
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from cleanrl.utils.games.parallel_envs import available_cores
-from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.replay.ring import Frames, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import open_replay
 
 # What a run takes beside its replay buffer, measured and rounded up.
@@ -58,10 +59,11 @@ def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) ->
 def _plan(
     args: Any, sizes: list[tuple[int, int]], frames_type: type, device: Any, **settings: Any
 ) -> list[ReplayBuffer]:
-    buffers = [
-        ReplayBuffer(*size, lambda num_slots: frames_type(num_slots, frames_device), **settings)
-        for size in sizes
-    ]
+    @cache
+    def the_frames() -> Frames:  # only one of the buffers has them at a time
+        return frames_type(max(buffer.num_envs * buffer.num_slots for buffer in buffers), frames_device)
+
+    buffers = [ReplayBuffer(*size, lambda num_slots: the_frames(), **settings) for size in sizes]
     largest = max(buffers, key=lambda buffer: buffer.num_bytes)
     place = place_replay_buffer(
         args.buffer_device,
@@ -71,7 +73,25 @@ def _plan(
         free_gpu=frames_type.free_memory(device),
     )
     frames_device = device if place == "cuda" else frames_type.host()
+    if place == "cuda":
+        try:
+            the_frames()  # before another run is told that this memory is free
+        except (RuntimeError, MemoryError) as error:
+            if shortage := memory_shortage(error):
+                raise SystemExit(f"error: {shortage}") from None
+            raise
     return buffers
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """What to say of an error that means that the host or a GPU has no more memory; None for any other."""
+    text = str(error).partition("\n")[0]
+    signs = ("out of memory", "resource_exhausted", "can't allocate memory")  # CUDA, XLA, PyTorch on a CPU
+    if isinstance(error, MemoryError):
+        text = f"the host has no more memory ({text})"
+    elif not isinstance(error, RuntimeError) or not any(sign in text.lower() for sign in signs):
+        return None
+    return f"{text}; end what else takes memory, or use --buffer-device cpu or a smaller --buffer-size"
 
 
 def available_host_memory() -> int:

@@ -18,29 +18,32 @@ class Frames(Protocol):
     def write(self, slots: np.ndarray, frames: np.ndarray) -> None:
         """Puts `frames` (n, 84, 84) into `slots`, integers (n,), each of them once."""
 
-    def take(self, slots: np.ndarray) -> Any:
-        """Those at `slots`, integers (...): an array (..., 84, 84) of the framework, on the device."""
-
     def read(self, slots: np.ndarray) -> np.ndarray:
-        """The same as an array of NumPy."""
+        """Those at `slots`, integers (...): an array (..., 84, 84) of NumPy."""
+
+    def place(self, batch: "Batch", device: Any) -> tuple[Any, "Batch"]:
+        """All frames, or a copy of the batch's own, on a device; and the batch, with its stacks in them."""
 
 
 class Batch(NamedTuple):
-    """k batches of transitions: observations uint8 (k, batch, 4, 84, 84), actions int64, all else float32.
+    """Transitions: of one batch, where (...) is (batch,), or of k batches, where it is (k, batch).
 
-    `rewards` are discounted sums of up to n steps, `discounts` γ to the power of the steps summed,
-    `next_observations` those after them, `terminations` 1 where the episode ended there by itself.
-    `teacher_q_values` are (k, batch, num_actions), if the buffer keeps some. Observations are on the frames'
-    device, all else is NumPy.
+    An observation is `frames[stacks]`, uint8 (..., 4, 84, 84): see `Frames.place`. `rewards` are discounted
+    sums of up to n steps, `discounts` γ to the power of the steps summed, `next_stacks` the observations
+    after them, `terminations` 1 where the episode ended there by itself.
     """
 
-    observations: Any
-    actions: np.ndarray
-    rewards: np.ndarray
-    next_observations: Any
-    terminations: np.ndarray
-    discounts: np.ndarray
-    teacher_q_values: np.ndarray | None = None
+    stacks: np.ndarray  # int64 (..., 4): where each observation's frames lie, oldest first
+    actions: np.ndarray  # int64 (...)
+    rewards: np.ndarray  # float32 (...)
+    next_stacks: np.ndarray  # int64 (..., 4)
+    terminations: np.ndarray  # float32 (...)
+    discounts: np.ndarray  # float32 (...)
+    teacher_q_values: np.ndarray | None = None  # float32 (..., num_actions), if the buffer keeps some
+
+    def at(self, index: int) -> "Batch":
+        """One of k batches."""
+        return Batch(*(None if column is None else column[index] for column in self))
 
 
 COLUMNS = {  # of a slot, beside its frame and the Q-values
@@ -193,10 +196,10 @@ class ReplayBuffer:
             steps += continues
             continues &= ~columns["episode_ends"][slots_k]
         return Batch(
-            observations=self.frames.take(self._stacks(slots)),
+            stacks=self._stacks(slots),
             actions=columns["actions"][slots].astype(np.int64),
             rewards=rewards,
-            next_observations=self.frames.take(self._stacks(self._ahead(slots, steps))),
+            next_stacks=self._stacks(self._ahead(slots, steps)),
             terminations=terminations,
             discounts=np.power(self.gamma, steps).astype(np.float32),
             teacher_q_values=columns["teacher_q_values"][slots] if self.num_q_values else None,

@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "wandb_project_name",
     "wandb_entity",
     "cuda",
+    "cuda_graphs",
     "buffer_device",
 }
 
@@ -32,6 +33,8 @@ class RunOptions:
     """use only deterministic algorithms on a GPU"""
     cuda: bool = True
     """train on the GPU if there is one"""
+    cuda_graphs: bool = True
+    """launch all kernels of a gradient step at once on a GPU (PyTorch; JAX compiles its own)"""
     track: bool = False
     """mirror the TensorBoard curves to Weights & Biases (requirements/requirements-track.txt)"""
     wandb_project_name: str = "qdagger"

@@ -18,6 +18,7 @@ from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import check_upload, upload
+from cleanrl.utils.replay.memory import memory_shortage
 from cleanrl.utils.run.charts import CHARTS, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
 from cleanrl.utils.run.checkpoint import (
     OTHER_VERSION_REMEDY,
@@ -56,8 +57,8 @@ class TrainingRun:
     """A run, new or resumed, locked against other processes; a context around all of its training.
 
     As a context it notes SIGINT and SIGTERM for `checkpoint`, and ends a run that is stopped, whose
-    environments fail, or whose disk is full, with one line and an exit status. In the first two cases it
-    keeps the network. A run that has finished loses its checkpoints and is uploaded, if it is to be.
+    environments fail, or that runs out of disk or memory, with one line and an exit status. In the first two
+    cases it keeps the network. A run that has finished loses its checkpoints and is uploaded, if it is to be.
 
     Args:
         args: the script's.
@@ -160,6 +161,8 @@ class TrainingRun:
         if isinstance(exception, Stopped):
             print(f"{exception}; {how_to_resume}", file=sys.stderr)
             raise SystemExit(exception.status) from None
+        if exception and (shortage := memory_shortage(exception)):
+            raise SystemExit(f"error: {shortage}; {how_to_resume}") from None
         if isinstance(exception, WorkerError | OSError):
             raise SystemExit(f"error: {exception}; {how_to_resume}") from None
         if exception is None and self.args.upload_model:

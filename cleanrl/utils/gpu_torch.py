@@ -1,0 +1,189 @@
+"""The device PyTorch trains on, and what makes it fast there: one transfer and one launch per call.
+
+On a CPU nothing here changes what is computed.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WARM_UP_CALLS = 3  # before a capture: libraries and optimizers allocate in them what they keep
+ALIGNMENT = 16  # bytes, of each array in a transfer
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on a device, by one transfer that nothing waits for; on a CPU without a copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return _unpack(_pack(arrays, device).to(device, non_blocking=True), arrays)
+
+
+def _pack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """The bytes of all arrays, on the host; pinned for a GPU, so that the transfer needs no wait."""
+    packed = np.empty(_starts(arrays)[-1], np.uint8)
+    for array, start in zip(arrays, _starts(arrays), strict=False):
+        packed[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+    return torch.from_numpy(packed).pin_memory() if device.type == "cuda" else torch.from_numpy(packed)
+
+
+def _unpack(packed: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """Views of packed bytes, with the arrays' shapes and dtypes."""
+    return [
+        packed[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for array, start in zip(arrays, _starts(arrays), strict=False)
+    ]
+
+
+def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
+    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    return np.cumsum([0, *sizes]).tolist()
+
+
+class CaptureError(Exception):
+    """Why a function cannot be captured."""
+
+
+class CudaGraph:
+    """A call without arguments. After a few calls its kernels are captured, and then launched all at once."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self.call, self.num_calls = call, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self) -> Any:
+        if self.graph is None:
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            if self.num_calls < WARM_UP_CALLS:
+                self.num_calls += 1
+                with torch.cuda.stream(self.stream):
+                    result = self.call()
+                current.wait_stream(self.stream)
+                return result
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):  # computes nothing
+                    self.result = self.call()
+            except RuntimeError as error:
+                raise CaptureError(str(error).partition("\n")[0]) from error
+            self.graph = graph
+        self.graph.replay()
+        return self.result
+
+
+class OneLaunch:
+    """Decorator of a function that computes on one device, from NumPy's arrays and other arguments.
+
+    The function gets tensors in place of the arrays, which may lie in tuples, on the device of the first
+    argument that is a tensor or a module. On a GPU all its kernels soon take one launch: see `CudaGraph`. For
+    that it must do the same at each call, to tensors that stay where they are, and read nothing back. Other
+    shapes or another argument that is not an array need a new graph. What a call returns is overwritten by
+    the next. If a capture fails, a warning is printed and the run continues without graphs.
+    """
+
+    enabled = True  # of all functions: --cuda-graphs
+
+    def __init__(self, function: Callable[..., Any]):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.key: list[Any] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves = list(_leaves(arguments))
+        arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+        device = _device_of(leaves)
+        if not (OneLaunch.enabled and can_capture(device)):
+            return self.function(*_replaced(arguments, iter(upload(arrays, device))))
+        key = [(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        if not _is_same(key, self.key):
+            self.key = key
+            self.inputs = _pack(arrays, device).to(device)
+            tensors = iter(_unpack(self.inputs, arrays))
+            self.graph = CudaGraph(functools.partial(self.function, *_replaced(arguments, tensors)))
+        self.inputs.copy_(_pack(arrays, device), non_blocking=True)
+        try:
+            return self.graph()
+        except CaptureError as error:
+            OneLaunch.enabled = False
+            print(f"warning: continuing without CUDA graphs: {error}", file=sys.stderr)
+            return self.graph.call()
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lies in nested tuples, in order."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Nested tuples with the next of the tensors in place of each array."""
+    if isinstance(value, tuple):
+        items = [_replaced(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return next(tensors) if isinstance(value, np.ndarray) else value
+
+
+def _device_of(leaves: Sequence[Any]) -> torch.device:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            return leaf.device
+        if isinstance(leaf, nn.Module):
+            return next(leaf.parameters()).device
+    raise TypeError("no argument says on which device to compute")
+
+
+def _is_same(key: list[Any], other: list[Any]) -> bool:
+    """Whether two calls have the same arguments, but for what is in the arrays."""
+    if len(key) != len(other):
+        return False
+    return all(a is b or (isinstance(a, tuple) and a == b) for a, b in zip(key, other, strict=True))
+
+
+def choose_device(args: Any) -> torch.device:
+    """The GPU if there is one and it is wanted, else the CPU; sets how PyTorch computes on it.
+
+    Raises:
+        SystemExit: with a one-line error, if there is a GPU that cannot be used.
+    """
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    OneLaunch.enabled = args.cuda_graphs
+    if not (args.cuda and torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(
+            f"error: the GPU cannot be used ({reason}); use --no-cuda or free its memory"
+        ) from None
+    return device
+
+
+def adam_options(device: torch.device) -> dict[str, bool]:
+    """For a gradient step that can be captured: on a GPU, nothing that it changes may lie on the host."""
+    return {"fused": True, "capturable": True} if device.type == "cuda" else {}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """The same, for a learning rate that changes."""
+    (group,) = optimizer.param_groups
+    if not group["fused"]:
+        group["lr"] = value
+    elif isinstance(group["lr"], Tensor):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = torch.full((), value, device=group["params"][0].device)
