@@ -498,6 +498,7 @@ RULES = [
     Rule(r"python tests/benchmarks/(checkpoint_cost|long_run|replay_memory)\.py.*", anything, run_benchmark),
     Rule(r"python tests/kill_storm\.py\b.*", anything, run_kill_storm),
     Rule(r"python tests/gpu_check\.py\b.*", anything, None, "tests/test_gpu_check.py tries it"),
+    Rule(r"python tests/benchmarks/jax_for_h100\.py", anything, None, "it needs 3 GB of CUDA packages"),
 ]
 
 
