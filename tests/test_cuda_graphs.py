@@ -1,5 +1,6 @@
 """Gradient steps and acting as CUDA graphs, simulated on a CPU, against calls that are not captured."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,11 @@ def add_step(state: Any, games: RandomGame) -> None:
 
 
 def train(
-    script: Any, graphs: bool, restore_at: int | None = None, **options: Any
+    script: Any,
+    graphs: bool,
+    restore_at: int | None = None,
+    resume: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """The losses of gradient steps with another λ each, and the weights after them."""
     gpu_torch.OneLaunch.enabled = graphs
@@ -77,7 +82,7 @@ def train(
         if step % 5 == 4:
             script.update_target_network(state, 0.3)
         if step == restore_at:
-            state = resumed(script, args, state)
+            state = (resume or resumed)(script, args, state)
     return losses, weights(network(state))
 
 
@@ -220,6 +225,25 @@ def test_acting_that_is_replayed_computes_the_same_q_values(script):
     if is_qdagger(script):
         one_by_one = [script.compute_q_values(one, observations[0]) for one in networks]
         np.testing.assert_array_equal(q_values[True][0], one_by_one)
+
+
+@pytest.mark.parametrize("first", [{}, {"fused": True}], ids=["to a GPU", "to a CPU"])
+def test_a_checkpoint_is_resumed_on_the_other_kind_of_device(monkeypatch, first):
+    """On a GPU Adam is another: what a checkpoint brings must not make it the first one's again."""
+    second = {"fused": True} if not first else {}
+    uninterrupted, _ = train(TORCH, graphs=False, **PAPER)
+    monkeypatch.setattr(TORCH, "adam_options", lambda device: first)
+
+    def resumed_elsewhere(script: Any, args: Any, state: Any) -> Any:
+        monkeypatch.setattr(TORCH, "adam_options", lambda device: second)
+        new = resumed(script, args, state)
+        (settings,) = new.optimizer.param_groups
+        assert bool(settings["fused"]) == bool(second)
+        return new
+
+    losses, _ = train(TORCH, graphs=False, restore_at=8, resume=resumed_elsewhere, **PAPER)
+    for of_step, expected in zip(losses, uninterrupted, strict=True):
+        assert of_step == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_other_shapes_and_other_arguments_get_a_graph_of_their_own():

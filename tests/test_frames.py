@@ -6,10 +6,13 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
+import torch
 from replays import FRAMES, FramesType
 
 from cleanrl.utils.replay import frames_jax
 from cleanrl.utils.replay.frames_jax import JaxFrames
+from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.replay.ring import Batch
 
 
 @pytest.fixture(params=FRAMES)
@@ -38,6 +41,25 @@ def exercise(frames_type: FramesType, num_slots: int, num_lengths: int) -> None:
 
 def test_what_was_written_is_read_and_nothing_else_changes(frames_type):
     exercise(frames_type, num_slots=20, num_lengths=18)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_batch_finds_its_frames_on_the_device_that_wants_them(is_elsewhere):
+    """For JAX see test_reproducible.py."""
+    rng, frames = np.random.default_rng(0), TorchFrames(40, TorchFrames.host())
+    all_frames = random_frames(rng, 40)
+    frames.write(np.arange(40), all_frames)
+    device = torch.device("cpu", 0) if is_elsewhere else TorchFrames.host()  # not equal to one without index
+    places = set()
+    for _ in range(3):
+        stacks, next_stacks = rng.integers(40, size=(2, 5, 4))
+        nothing = np.zeros(5, np.float32)
+        batch = Batch(stacks, np.zeros(5, np.int64), nothing, next_stacks, nothing, nothing)
+        placed, of_placed = frames.place(batch, device)
+        np.testing.assert_array_equal(placed.numpy()[of_placed.stacks], all_frames[stacks])
+        np.testing.assert_array_equal(placed.numpy()[of_placed.next_stacks], all_frames[next_stacks])
+        places.add((placed.data_ptr(), len(placed)))
+    assert places == {(placed.data_ptr(), 2 * 5 * 4 if is_elsewhere else 40)}
 
 
 @contextmanager

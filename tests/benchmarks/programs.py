@@ -227,7 +227,9 @@ class JaxPhases(ScriptPhases):
         return self.script.JaxFrames
 
     def wait_for(self, array: Any) -> None:
-        array.block_until_ready()
+        import jax
+
+        jax.block_until_ready(array)
 
     def synchronize(self) -> None:
         import jax
