@@ -248,8 +248,8 @@ def test_a_checkpoint_is_resumed_on_the_other_kind_of_device(monkeypatch, first)
 
 def test_other_shapes_and_other_arguments_get_a_graph_of_their_own():
     _, state = new_state(TORCH)
-    for num_observations in (3, 2, 3):
-        for one in (state.student, state.target_network):
+    for one in (state.student, state.target_network):
+        for num_observations in (3, 2, 3):
             for _ in range(5):
                 observations = np.full((num_observations, 4, 84, 84), 7, np.uint8)
                 q_values = TORCH.compute_q_values(one, observations)
