@@ -28,7 +28,7 @@ from torch import Tensor, nn
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_arguments, parse_arguments
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions
@@ -55,7 +55,7 @@ TRAINING_SEED = 1  # with --seed, what the games start from
 
 @dataclass(unsafe_hash=True)
 class Args(RunOptions):
-    exp_name: str = Path(__file__).stem
+    exp_name: Name = Path(__file__).stem
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"

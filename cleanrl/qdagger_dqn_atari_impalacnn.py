@@ -30,7 +30,7 @@ from torch.nn import functional as F
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_arguments, parse_arguments
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES
 from cleanrl.utils.games.atari import count_actions, random_return
@@ -59,7 +59,7 @@ FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, what the games of a phase start fr
 
 @dataclass(unsafe_hash=True)
 class Args(RunOptions):
-    exp_name: str = Path(__file__).stem
+    exp_name: Name = Path(__file__).stem
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"

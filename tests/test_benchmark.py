@@ -296,6 +296,8 @@ def test_bad_options_are_a_one_line_error_and_nothing_starts(options, line):
         (["python cleanrl/dqn.py"], "python cleanrl/dqn.py: there is no cleanrl/dqn.py in /"),
         (["python 'fake"], "python 'fake: No closing quotation"),
         (["python -c pass"], "python -c pass: name the experiment with --exp-name NAME"),
+        ([QUICK + " --exp-name a/b"], f"{QUICK} --exp-name a/b: --exp-name must be at most 100 letters, "),
+        ([QUICK + " --exp-name=[v2]"], f"{QUICK} --exp-name=[v2]: --exp-name must be at most 100 letters, "),
         ([""], 'is empty; use, say, --command "python cleanrl/dqn_atari.py"'),
         ([], 'names no script; use, say, --command "python cleanrl/dqn_atari.py"'),
         ([QUICK, QUICK + " --deaf"], "has the experiment fake_training 2 times; give each an --exp-name"),

@@ -4,6 +4,8 @@ The options of the training scripts: test_options.py; what else they refuse: tes
 """
 
 import math
+import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
 from cleanrl.utils import bounds
 from cleanrl.utils.command_line import check_arguments, check_bounds, describe_options, parse_arguments
+from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.run.checkpoint import CheckpointWriter
+from cleanrl.utils.run.folders import newest_unfinished_run
 from cleanrl.utils.run.options import RunOptions
 
 FOLDER = Path("runs/Pong__test__1__100")
@@ -21,7 +25,7 @@ FOLDER = Path("runs/Pong__test__1__100")
 
 @dataclass
 class Args(RunOptions):
-    exp_name: str = "test"
+    exp_name: bounds.Name = "test"
 
     # game
     env_id: str = "Pong"
@@ -76,6 +80,57 @@ def test_a_value_out_of_its_bounds_is_refused_with_what_it_must_be(kind, good, b
         assert end.value.code == f"error: --some-option {value} must be {demand}"
 
 
+BAD_NAMES = [
+    "",
+    "a/b",
+    "../../x",
+    "..",
+    ".",
+    ".a",
+    "-a",
+    "a ",
+    "a b",
+    "[v2]",
+    "a*",
+    "a?",
+    "a\nb",
+    "é",
+    "\udcff",
+]
+BAD_NAMES += ["a" * 101, "x" * 5000]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_names_that_files_should_not_have_are_refused_in_one_short_line(name):
+    with pytest.raises(SystemExit) as end:
+        check_arguments(QDaggerArgs(exp_name=name))
+    assert re.fullmatch(r"error: --exp-name .* must be at most 100 letters, digits, .*", end.value.code)
+    assert len(end.value.code) < 300
+    assert end.value.code.isprintable()
+
+
+def test_what_is_no_game_is_said_in_one_short_line():
+    for env_id in ("x" * 5000, "a\nb", "\udcff"):
+        with pytest.raises(SystemExit, match=r"^error: --env-id .* is not known; ") as end:
+            count_actions(env_id)
+        assert len(end.value.code) < 300
+        assert end.value.code.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a", "qdagger_dqn_atari_impalacnn", "v2.1-b__c", "A" * 100])
+def test_names_that_files_can_have_are_taken(name):
+    check_arguments(QDaggerArgs(exp_name=name))
+
+
+def test_a_checkpoints_own_options_are_checked_as_if_they_were_typed(monkeypatch):
+    (FOLDER / "checkpoints").mkdir(parents=True)
+    options = vars(QDaggerArgs()) | {"exp_name": "../../x"}
+    CheckpointWriter(FOLDER, None).save("script", options, None, {})
+    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(FOLDER)])
+    with pytest.raises(SystemExit, match=r"^error: --exp-name \.\./\.\./x must be "):
+        check_arguments(parse_arguments(QDaggerArgs))
+
+
 def test_what_is_only_odd_gets_a_warning(capsys):
     check_arguments(QDaggerArgs(total_timesteps=100, learning_starts=100))
     assert "--learning-starts 100 is not below --total-timesteps 100: nothing" in capsys.readouterr().err
@@ -102,9 +157,37 @@ def test_a_resumed_runs_options_are_its_own_and_those_given(monkeypatch, saved_r
 
 def test_resume_auto_without_an_unfinished_run_starts_a_new_one(monkeypatch, saved_run, capsys):
     assert parse(monkeypatch, "--resume", "auto", "--seed", "2") == Args(seed=2)
-    assert capsys.readouterr().out == "--resume auto: no unfinished run; starting a new one\n"
+    said = "--resume auto: no unfinished run of Pong, --exp-name test, --seed 2; starting a new one"
+    assert capsys.readouterr().out == f"{said} (unfinished: {FOLDER})\n"
+    shutil.rmtree("runs")
+    assert parse(monkeypatch, "--resume", "auto", "--seed", "2") == Args(seed=2)
+    assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_resume_auto_takes_the_run_of_this_very_name_that_was_started_last(monkeypatch):
+    """Names are no patterns, and start times are numbers."""
+    for name in (
+        "x__1__9",
+        "x__1__100",
+        "x__1__20",
+        "xy__1__300",
+        "x__1__2__400",
+        "x__1__soon",
+        "x*__1__500",
+    ):
+        (folder := Path("runs") / f"Pong__{name}" / "checkpoints").mkdir(parents=True)
+        CheckpointWriter(folder.parent, None).save("script", vars(Args(exp_name="x")), None, {})
+    for exp_name, expected in [("x", "x__1__100"), ("x__1", None), ("?", None), ("x*", "x*__1__500")]:
+        found = newest_unfinished_run("Pong", exp_name, 1)
+        assert found == (expected and Path("runs") / f"Pong__{expected}")
+    assert newest_unfinished_run("Pong", "x__1", 2) == Path("runs/Pong__x__1__2__400")
 
 
 def test_a_run_that_cannot_be_resumed_is_refused(monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: --resume nothing is not a folder; name a run's, runs/…$"):
         parse(monkeypatch, "--resume", "nothing")
+    for path in ("x" * 5000, "a\nb", "x/" * 3000, "\udcff"):
+        with pytest.raises(SystemExit, match=r"^error: --resume .* is not a folder; name a run's") as end:
+            parse(monkeypatch, "--resume", path)
+        assert end.value.code.isprintable()
+        assert len(end.value.code) < 300

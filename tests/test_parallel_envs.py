@@ -311,6 +311,22 @@ def test_ctrl_c_lets_the_main_process_end_its_workers_without_a_word(start_main)
     assert (output, errors, process.returncode) == ("interrupted\n", "", 0)
 
 
+def test_a_closed_terminal_leaves_the_workers_to_the_main_process(start_main):
+    """Its SIGHUP reaches the whole group, but the main process decides."""
+    process = start_main(**WITH_TINY_ENV, keeps_stepping=True)
+    assert (process.stdout.readline(), process.stdout.readline()) == ("starts\n", "ready\n")
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    for descendant in descendants:
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            descendant.send_signal(number)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert all(descendant.status() != psutil.STATUS_ZOMBIE for descendant in descendants)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors, process.returncode) == ("interrupted\n", "", 0)
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_the_workers_start_ends_everything_without_a_word(start_main):
     process = start_main(**WITH_PONG, keeps_stepping=True)

@@ -128,7 +128,7 @@ def test_tracking_starts_before_the_first_event_is_written(train, monkeypatch):
     assert tracked == vars(tiny_args(TORCH, **options))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, None])
 @pytest.mark.parametrize("has_learned", [False, True])
 def test_a_run_that_stops_early_keeps_what_it_has_learned(
     algorithm, train, monkeypatch, capsys, number, has_learned

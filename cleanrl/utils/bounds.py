@@ -1,6 +1,7 @@
 """Types of options, with the bounds of their values."""
 
 import math
+import re
 from typing import Annotated, NamedTuple
 
 
@@ -22,6 +23,29 @@ class Bounds(NamedTuple):
         return f"at least {self.least}" if self.includes_least else f"above {self.least}"
 
 
+class NameRule(NamedTuple):
+    """A name that becomes part of files', folders' and repositories' names."""
+
+    most_characters: int = 100
+
+    def admit(self, name: str) -> bool:
+        is_short = len(name) <= self.most_characters
+        return is_short and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name) is not None
+
+    def __str__(self) -> str:
+        """What follows "must be"."""
+        characters = "letters, digits, dots, hyphens and underscores, the first and last a letter or digit"
+        return f"at most {self.most_characters} {characters}"
+
+
+def shown(value: object) -> str:
+    """What a user gave, as part of a line: without control characters, and not too long."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+Name = Annotated[str, NameRule()]
 NonNegativeInt = Annotated[int, Bounds(0)]
 PositiveInt = Annotated[int, Bounds(1)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # what every generator takes

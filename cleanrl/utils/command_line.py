@@ -10,10 +10,10 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
-from cleanrl.utils.bounds import Bounds
+from cleanrl.utils.bounds import Bounds, NameRule, shown
 from cleanrl.utils.games.atari import random_return
 from cleanrl.utils.run.checkpoint import saved_options
-from cleanrl.utils.run.folders import newest_unfinished_run
+from cleanrl.utils.run.folders import newest_unfinished_run, unfinished_runs
 
 Args = TypeVar("Args")
 
@@ -81,7 +81,12 @@ def parse_arguments(args_type: type[Args]) -> Args:
     if args.resume == "auto":
         run_folder = newest_unfinished_run(args.env_id, args.exp_name, args.seed)
         if run_folder is None:
-            print("--resume auto: no unfinished run; starting a new one")
+            name = f"{args.env_id}, --exp-name {args.exp_name}, --seed {args.seed}"
+            others = ", ".join(shown(run) for run in unfinished_runs()[-5:])
+            print(
+                f"--resume auto: no unfinished run of {name}; starting a new one"
+                + (f" (unfinished: {others})" if others else "")
+            )
             return dataclasses.replace(args, resume=None)
     options = saved_options(Path(run_folder))
     defaults = {}
@@ -104,7 +109,7 @@ def check_bounds(args: Any) -> None:
         value = getattr(args, name)
         for part in (kind, *typing.get_args(kind)):  # the option's type, or one of an optional's
             for bounds in getattr(part, "__metadata__", ()):
-                if isinstance(bounds, Bounds) and value is not None and not bounds.admit(value):
+                if isinstance(bounds, Bounds | NameRule) and value is not None and not bounds.admit(value):
                     refuse(name, value, f"must be {bounds}")
 
 
@@ -136,7 +141,7 @@ def check_arguments(args: Any) -> None:
 
 
 def refuse(option: str, value: object, demand: str) -> NoReturn:
-    raise SystemExit(f"error: --{option.replace('_', '-')} {value} {demand}")
+    raise SystemExit(f"error: --{option.replace('_', '-')} {shown(value)} {demand}")
 
 
 def warn(message: str) -> None:

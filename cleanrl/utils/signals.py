@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: a run stops where nothing is half-done, with the signal's exit status."""
+"""Signals that stop a run where nothing is half-done, with the signal's exit status."""
 
 import os
 import signal
@@ -6,12 +6,22 @@ import sys
 import threading
 from types import FrameType
 
+# Ctrl-C; a request to end; a closed terminal or ssh connection; what Slurm sends before its time limit.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def name_of(signal_number: int) -> str:
+    try:
+        return signal.Signals(signal_number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {signal_number}"
+
 
 class Stopped(Exception):
     """The run was asked to stop; `status` is the exit status, 128 plus the signal's number."""
 
     def __init__(self, signal_number: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        super().__init__(f"stopped by {name_of(signal_number)}")
         self.status = 128 + signal_number
 
 
@@ -26,7 +36,9 @@ def exit_on_ctrl_c() -> None:
 
 
 class StopSignals:
-    """A context in which the first signal is only noted, and a second one ends the process at once."""
+    """A context in which the first of `STOP_SIGNALS` is only noted, and a further SIGINT or SIGTERM ends the
+    process at once. What the process was started to ignore, as SIGHUP by `nohup`, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -34,8 +46,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # where signals arrive
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            for number in STOP_SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -43,6 +56,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+        elif number in (signal.SIGINT, signal.SIGTERM):
             os._exit(128 + number)
-        self.received = number

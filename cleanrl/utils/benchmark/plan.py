@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cleanrl.utils.bounds import NameRule, shown
+
 RESERVED = ("env_id", "seed", "resume")  # options that the benchmark sets
 
 
@@ -83,8 +85,10 @@ def split_command(command: str) -> tuple[tuple[str, ...], str]:
         raise SystemExit(f"error: --command {command}: there is no {words[script]} in {Path.cwd()}")
     if exp_name is None and script is not None:
         exp_name = Path(words[script]).stem if words[script].endswith(".py") else words[script].split(".")[-1]
-    if not exp_name or "/" in exp_name:
+    if not exp_name:
         raise SystemExit(f"error: --command {command}: name the experiment with --exp-name NAME")
+    if not NameRule().admit(exp_name):
+        raise SystemExit(f"error: --command {shown(command)}: --exp-name must be {NameRule()}")
     return words, exp_name
 
 

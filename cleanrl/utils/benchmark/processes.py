@@ -13,6 +13,8 @@ from pathlib import Path
 from cleanrl.utils.benchmark.logs import STARTED, last_words
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.records import Job, State, is_finished, resumable
+from cleanrl.utils.run.folders import runs_named
+from cleanrl.utils.signals import STOP_SIGNALS, name_of
 
 POLL_S = 0.5
 PROGRESS_INTERVAL_S = 2  # between tqdm's lines, which all go into the log: 10 a second are 90 MB a day
@@ -74,7 +76,7 @@ class RunProcess:
             )  # fmt: skip
 
     def _folders(self) -> list[str]:
-        return [path.name for path in self.runs.glob(f"{self.plan.name}__*")]
+        return [path.name for path in runs_named(self.plan.name, self.runs)]
 
     @property
     def folder(self) -> str | None:
@@ -103,10 +105,10 @@ class RunProcess:
                 "failed",
                 "left no finished folder in runs/ (exit status 0): is it a training script?",
             )
-        if self.is_stopping and (status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM)):
+        if self.is_stopping and (status < 0 or status - 128 in STOP_SIGNALS):
             return "stopped", ""
         if status < 0:
-            return "failed", f"killed by {signal.Signals(-status).name}: out of memory?"
+            return "failed", f"killed by {name_of(-status)}: out of memory?"
         return "failed", last_words(self.log) or f"exit status {status}"
 
     def stop(self, grace_s: float) -> None:

@@ -6,6 +6,8 @@ import re
 import ale_py
 import gymnasium as gym
 
+from cleanrl.utils.bounds import shown
+
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
@@ -150,7 +152,7 @@ def count_actions(env_id: str) -> int:
         hint = "use a {Game}NoFrameskip-v4, as BreakoutNoFrameskip-v4"
         if similar:
             hint = f"did you mean {similar[0]}NoFrameskip-v4?"
-        raise SystemExit(f"error: --env-id {env_id} {fault}; {hint}")
+        raise SystemExit(f"error: --env-id {shown(env_id)} {fault}; {hint}")
     env = gym.make(env_id)
     action_space = env.action_space
     env.close()

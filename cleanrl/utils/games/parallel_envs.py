@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 
 from cleanrl.utils.games.env_state import get_state, set_state
+from cleanrl.utils.signals import STOP_SIGNALS
 
 IDLE = -1  # the action that leaves an environment untouched
 WORKER_TIMEOUT_S = 120.0
@@ -66,7 +67,7 @@ def _shared_array(buffer, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, layout: list) -> None:
     """Serves commands from the main process until it sends "close" or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the main process decides
+    for number in STOP_SIGNALS:  # may reach the whole group; the main process decides
         signal.signal(number, signal.SIG_IGN)
     observations, rewards, terminations, truncations, final_observations = (
         _shared_array(buffer, *shape_and_type) for buffer, shape_and_type in zip(buffers, layout, strict=True)
@@ -114,9 +115,10 @@ def _start_fork_server(context) -> None:
     from multiprocessing import forkserver, resource_tracker  # fail to import on Windows
 
     context.set_forkserver_preload([name for name in HEAVY_MODULES if name in sys.modules])
-    resource_tracker.ensure_running()  # first, as its own start unblocks them
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()  # unblocks two of them, once it has started
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

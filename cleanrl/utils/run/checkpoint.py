@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
-from cleanrl.utils.run.folders import event_files, manifests
+from cleanrl.utils.run.folders import event_files, is_folder, manifests
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
@@ -115,8 +116,8 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
     Raises:
         SystemExit: with a one-line error, if there is none.
     """
-    if not run_folder.is_dir():
-        raise SystemExit(f"error: --resume {run_folder} is not a folder; name a run's, runs/…")
+    if not is_folder(run_folder):
+        raise SystemExit(f"error: --resume {shown(run_folder)} is not a folder; name a run's, runs/…")
     candidates = manifests(run_folder)
     if not candidates:
         raise SystemExit(f"error: --resume {run_folder} has no checkpoint: it has finished, or never started")
@@ -140,7 +141,7 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
     Raises:
         SystemExit: with a one-line error, if it has no complete checkpoint.
     """
-    for path in manifests(run_folder):
+    for path in manifests(run_folder) if is_folder(run_folder) else ():
         with suppress(DamagedError):
             return Checkpoint(path).options
     return newest_checkpoint(run_folder).options

@@ -34,17 +34,38 @@ def lock_run(run_folder: Path) -> filelock.FileLock:
     return lock
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name that no file can have is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def manifests(run_folder: Path) -> list[Path]:
     """Those of a run's checkpoints, the newest first."""
     return sorted((run_folder / "checkpoints").glob("checkpoint-*.json"), reverse=True)
 
 
+def runs_named(name: str, where: Path = Path("runs")) -> list[Path]:
+    """The runs {name}__{unix time}, in the order in which they were started; `name` is no pattern."""
+    found = []
+    for path in where.iterdir() if where.is_dir() else ():
+        start, _, start_time = path.name.rpartition("__")
+        if start == name and start_time.isdecimal():
+            found.append((int(start_time), path))
+    return [path for _, path in sorted(found)]
+
+
 def newest_unfinished_run(env_id: str, exp_name: str, seed: int) -> Path | None:
     """Of the runs of that experiment and seed that have checkpoints, the one started last."""
-    runs = [path.parent for path in Path("runs").glob(f"{env_id}__{exp_name}__{seed}__*/checkpoints")]
-    return max(
-        (run for run in runs if manifests(run)), key=lambda run: run.name.rpartition("__")[2], default=None
-    )
+    unfinished = [run for run in runs_named(f"{env_id}__{exp_name}__{seed}") if manifests(run)]
+    return unfinished[-1] if unfinished else None
+
+
+def unfinished_runs() -> list[Path]:
+    """All that have checkpoints."""
+    return sorted(path.parent for path in Path("runs").glob("*/checkpoints") if manifests(path.parent))
 
 
 def event_files(run_folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cleanrl.utils.bounds import NonNegativeFloat, Seed
+from cleanrl.utils.bounds import Name, NonNegativeFloat, Seed
 
 MAY_CHANGE = {
     "resume",
@@ -25,7 +25,7 @@ MAY_CHANGE = {
 @dataclass
 class RunOptions:
     # run
-    exp_name: str
+    exp_name: Name
     """name of the experiment; part of the name of the run's folder"""
     seed: Seed = 1
     """seed of the experiment; on a CPU the same seed gives the same bits"""

@@ -28,7 +28,7 @@ from cleanrl.utils.run.checkpoint import (
     newest_checkpoint,
 )
 from cleanrl.utils.run.events import EventWriter
-from cleanrl.utils.run.folders import lock_run, manifests, new_folder
+from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import MAY_CHANGE
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.tracking import check_tracking, start_tracking
@@ -88,7 +88,7 @@ class TrainingRun:
         self.args, self.script, self.state, self.model = args, script, state, model
         self.options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         self.folder = Path(args.resume) if args.resume else new_folder(args)
-        if args.resume and not manifests(self.folder):
+        if args.resume and not (is_folder(self.folder) and manifests(self.folder)):
             newest_checkpoint(self.folder)  # says why there is none
         self._lock = lock_run(self.folder)
         self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
