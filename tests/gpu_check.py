@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
@@ -173,10 +173,24 @@ def check_graphs_equal_eager(device: str) -> dict[str, Any]:
     return found
 
 
-def check_waits(device: str) -> dict[str, Any]:
-    """Whether the host waits for the GPU for nothing but actions: everything else is an error here."""
+@contextlib.contextmanager
+def waits_are(mode: Literal["error", "default"], device: str) -> Iterator[None]:
+    """Within it, what makes the host wait for the GPU is an error, or is not."""
     import torch
 
+    if device == "cpu":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def check_waits(device: str) -> dict[str, Any]:
+    """Whether the host waits for the GPU for nothing but actions: everything else is an error here."""
     found: dict[str, Any] = {}
     num_steps = 1600 if device == "cuda" else 80
     for name in ("qdagger_dqn_atari_impalacnn", "dqn_atari"):
@@ -186,29 +200,20 @@ def check_waits(device: str) -> dict[str, Any]:
 
         def read(*arguments: Any, compute_q_values: Callable = compute_q_values, reads: list = reads) -> Any:
             reads.append(1)
-            mode = torch.cuda.get_sync_debug_mode() if device == "cuda" else 0
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-            q_values = compute_q_values(*arguments)
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode(mode)
-            return q_values
+            with waits_are("default", device):
+                return compute_q_values(*arguments)
 
         script.compute_q_values = read
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
         if name.startswith("qdagger"):
             state.teacher_return = 20.0
             teacher = script.TeacherNetwork(NUM_ACTIONS).to(state.device)
-            script.train_online(args, state, teacher, run)
+            train = partial(script.train_online, args, state, teacher, run)
         else:
-            script.train(args, state, run)
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-        found[name] = {
-            "gradient_steps": state.gradient_steps,
-            "waits_per_step": sum(reads) / (num_steps / NUM_ENVS),
-        }
+            train = partial(script.train, args, state, run)
+        with waits_are("error", device):
+            train()
+        waits_per_step = sum(reads) / (num_steps / NUM_ENVS)
+        found[name] = {"gradient_steps": state.gradient_steps, "waits_per_step": waits_per_step}
         script.compute_q_values = compute_q_values
     return found
 

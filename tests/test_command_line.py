@@ -143,6 +143,24 @@ def test_options_are_described_by_the_comments_and_docstrings_of_the_source():
     assert list(described)[:2] == ["exp_name", "seed"]
 
 
+@dataclass
+class SpacedArgs(RunOptions):
+    exp_name: bounds.Name = "test"
+
+    # how to play
+    games: bounds.PositiveInt = 1
+    """games to play"""
+
+
+def test_a_heading_of_several_words_is_a_group_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_arguments(SpacedArgs)
+    assert re.search(r"how.to.play options", capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--games", "3"])
+    assert parse_arguments(SpacedArgs) == SpacedArgs(games=3)
+
+
 def test_without_resume_the_options_are_the_defaults_and_those_given(monkeypatch):
     assert parse(monkeypatch, "--seed", "3") == Args(seed=3)
 

@@ -57,8 +57,9 @@ def parse(args_type: type[Args], default: Args | None = None) -> Args:
     for title, fields in groups.items():
         group = dataclasses.make_dataclass(title, fields)
         needs_a_value = any(field[2].default is dataclasses.MISSING for field in fields)
+        name = title.replace(" ", "_")
         members.append(
-            (title, group) if needs_a_value else (title, group, dataclasses.field(default_factory=group))
+            (name, group) if needs_a_value else (name, group, dataclasses.field(default_factory=group))
         )
     grouped_type = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Options", members)]
     grouped = tyro.cli(grouped_type, description=sys.modules[args_type.__module__].__doc__)

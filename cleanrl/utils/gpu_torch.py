@@ -103,7 +103,7 @@ class OneLaunch:
         key = [(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         if not _is_same(key, self.key):
             self.key = key
-            self.inputs = _pack(arrays, device).to(device)
+            self.inputs = torch.empty_like(_pack(arrays, device), device=device)
             tensors = iter(_unpack(self.inputs, arrays))
             self.graph = CudaGraph(functools.partial(self.function, *_replaced(arguments, tensors)))
         self.inputs.copy_(_pack(arrays, device), non_blocking=True)
