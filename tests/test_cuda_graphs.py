@@ -1,5 +1,6 @@
 """Gradient steps and acting as CUDA graphs, simulated on a CPU, against calls that are not captured."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,24 +99,31 @@ def resumed(script: Any, args: Any, state: Any) -> Any:
     return new
 
 
+@functools.cache
+def eager(script: Any, settings: str) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Of training without graphs and interruptions."""
+    return train(script, graphs=False, **OPTIONS[settings])
+
+
 def replays() -> int:
     return sum(graph.num_replays for graph in SimulatedGraph.made)
 
 
 PAPER = {"n_step": 3, "td_loss": "huber", "distill_weight": 3.0, "final_learning_rate": 1e-5}
+OPTIONS = {"published": {}, "paper": PAPER}
 
 
 @pytest.mark.parametrize("restore_at", [None, 8])
 @pytest.mark.parametrize(
-    ("script", "options"),
-    [(TORCH, {}), (TORCH, PAPER), (DQN_TORCH, {})],
+    ("script", "settings"),
+    [(TORCH, "published"), (TORCH, "paper"), (DQN_TORCH, "published")],
     ids=["published", "paper", "dqn"],
 )
-def test_a_gradient_step_that_is_replayed_computes_the_same_bits(script, options, restore_at):
-    losses, learned = train(script, graphs=False, **options)
+def test_a_gradient_step_that_is_replayed_computes_the_same_bits(script, settings, restore_at):
+    losses, learned = eager(script, settings)
     assert replays() == 0
     assert len({of_step["td_loss"] for of_step in losses}) == NUM_STEPS
-    losses_again, learned_again = train(script, graphs=True, restore_at=restore_at, **options)
+    losses_again, learned_again = train(script, graphs=True, restore_at=restore_at, **OPTIONS[settings])
     assert losses_again == losses
     assert learned.keys() == learned_again.keys()
     for name in learned:
@@ -162,7 +170,7 @@ def another_target_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [baked_learning_rate, baked_coefficient, another_target_network])
 def test_what_a_graph_bakes_in_changes_the_result(monkeypatch, fault):
     """So that the test above can fail."""
-    expected, _ = train(TORCH, graphs=False, **PAPER)
+    expected, _ = eager(TORCH, "paper")
     fault(monkeypatch)
     losses, _ = train(TORCH, graphs=True, **PAPER)
     assert losses[-1]["td_loss"] != pytest.approx(expected[-1]["td_loss"], rel=1e-4)
@@ -231,7 +239,7 @@ def test_acting_that_is_replayed_computes_the_same_q_values(script):
 def test_a_checkpoint_is_resumed_on_the_other_kind_of_device(monkeypatch, first):
     """On a GPU Adam is another: what a checkpoint brings must not make it the first one's again."""
     second = {"fused": True} if not first else {}
-    uninterrupted, _ = train(TORCH, graphs=False, **PAPER)
+    uninterrupted, _ = eager(TORCH, "paper")
     monkeypatch.setattr(TORCH, "adam_options", lambda device: first)
 
     def resumed_elsewhere(script: Any, args: Any, state: Any) -> Any:
