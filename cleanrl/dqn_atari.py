@@ -308,7 +308,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
 
 
-@OneLaunch
+@OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
 def update(state: TrainState, frames: Tensor, batch: Batch) -> Losses:
     """One gradient step; its loss, mean((y − Q(s, a))²), and the mean of Q(s, a) stay on the device."""
     with torch.no_grad():
@@ -328,7 +328,7 @@ def learn(args: Args, state: TrainState, num_steps: int) -> Losses:
     for index in range(num_steps):
         losses = update(state, *state.replay.frames.place(batches.at(index), state.device))
     state.gradient_steps += num_steps
-    return {name: loss.clone() for name, loss in losses.items()}  # the next step overwrites them
+    return {name: loss.clone() for name, loss in losses.items()}  # on a GPU the next step overwrites them
 
 
 def steps_per_call(state: TrainState) -> int:

@@ -460,7 +460,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed), *replays)
 
 
-@OneLaunch
+@OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
 def update(
     args: Args, state: TrainState, frames: Tensor, batch: Batch, distill_weight: np.ndarray | Tensor
 ) -> Losses:
@@ -489,7 +489,7 @@ def learn(args: Args, state: TrainState, replay: ReplayBuffer, distill_coeffs: l
         distill_weight = np.array(distill_coeff * args.distill_weight, np.float32)
         losses = update(args, state, frames, batch, distill_weight)
     state.gradient_steps += len(distill_coeffs)
-    return {name: loss.clone() for name, loss in losses.items()}  # the next step overwrites them
+    return {name: loss.clone() for name, loss in losses.items()}  # on a GPU the next step overwrites them
 
 
 def steps_per_call(state: TrainState) -> int:
@@ -702,7 +702,7 @@ def main(args: Args) -> None:
             run.say("(2) the student learns offline from that buffer")
             train_offline(args, state, run)
             run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, args.offline_steps)
-            state.teacher_replay.free()  # before the student's needs the memory
+            state.teacher_replay.free()  # the student's takes over its frames
             state.phase = "online"
 
         run.say("(3) the student plays and learns online")

@@ -738,7 +738,7 @@ def main(args: Args) -> None:
             run.say("(2) the student learns offline from that buffer")
             train_offline(args, state, run)
             run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, args.offline_steps)
-            state.teacher_replay.free()  # before the student's needs the memory
+            state.teacher_replay.free()  # the student's takes over its frames
             state.phase = "online"
 
         run.say("(3) the student plays and learns online")

@@ -1,6 +1,7 @@
-"""What JAX's scripts do for a GPU, as far as a CPU can tell."""
+"""What the JAX scripts do for a GPU, as far as a CPU can tell; and how a device is chosen."""
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, create_state, linear_weights, use_network
+import torch
+from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, create_state, linear_weights, use_network
 from rehearsal import RandomGame, rehearse
 
 from cleanrl.utils import gpu_jax
@@ -110,6 +112,42 @@ def test_a_loop_of_unknown_length_is_seen():
         return jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: x * x + 1, key)
 
     assert loops_of_unknown_length(jax.jit(drawing).lower(jnp.ones(3)).compile().as_text())
+
+
+# ------------------------------------------------------------------------------------------- the device
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "expected"),
+    [
+        ({}, "", ["--xla_gpu_deterministic_ops=true"]),
+        ({"torch_deterministic": False}, "--xla_dump_to=x", ["--xla_dump_to=x"]),
+        (
+            {"cuda_graphs": False},
+            "--xla_dump_to=x",
+            ["--xla_dump_to=x", "--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_command_buffer="],
+        ),
+        ({}, "--xla_gpu_deterministic_ops=false", ["--xla_gpu_deterministic_ops=false"]),
+    ],
+)
+def test_options_become_flags_of_xla_beside_the_users_own(monkeypatch, options, before, expected):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    assert JAX.choose_device(JAX.Args(**options)) == jax.devices()[0]
+    assert os.environ["XLA_FLAGS"].split() == expected
+
+
+@pytest.mark.parametrize("script", [JAX, TORCH], ids=["jax", "torch"])
+def test_a_gpu_that_cannot_be_used_is_a_one_line_error(monkeypatch, script):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", fail)
+    line = r"^error: the GPU cannot be used \(CUDA error: out of memory\); use --no-cuda or free its memory$"
+    with pytest.raises(SystemExit, match=line):
+        script.choose_device(script.Args())
 
 
 # ------------------------------------------------------------------------------------------------- memory

@@ -6,12 +6,12 @@ import pytest
 from large_replay import MadeFrames
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
+from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.replay import memory
 from cleanrl.utils.replay.memory import (
     GPU_BYTES,
     PROCESS_BYTES,
     WORKER_BYTES,
-    memory_shortage,
     place_replay_buffer,
     plan_replay,
     plan_replays,

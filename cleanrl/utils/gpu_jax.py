@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from cleanrl.utils.devices import first_use_of_gpu
+
 
 def choose_device(args: Any) -> jax.Device:
     """The GPU if there is one and it is wanted, else the CPU. Must come before JAX computes anything.
@@ -24,14 +26,9 @@ def choose_device(args: Any) -> jax.Device:
     os.environ["XLA_FLAGS"] = flags.strip()
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
-    try:
+    with first_use_of_gpu():
         device = jax.devices()[0]
         jax.device_put(0, device).block_until_ready()
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise SystemExit(
-            f"error: the GPU cannot be used ({reason}); use --no-cuda or free its memory"
-        ) from None
     return device
 
 
@@ -57,9 +54,9 @@ def free_in_driver(ordinal: int) -> int | None:
         or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     ):
         return None
-    failed = driver.cuCtxPushCurrent_v2(context) or driver.cuMemGetInfo_v2(
-        ctypes.byref(free), ctypes.byref(total)
-    )
-    driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    failed = driver.cuCtxPushCurrent_v2(context)
+    if not failed:
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(context))
     driver.cuDevicePrimaryCtxRelease_v2(device)
     return None if failed else free.value

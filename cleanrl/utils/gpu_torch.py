@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cleanrl.utils.devices import first_use_of_gpu
+
 WARM_UP_CALLS = 3  # before a capture: libraries and optimizers allocate in them what they keep
 ALIGNMENT = 16  # bytes, of each array in a transfer
 
@@ -163,23 +165,18 @@ def choose_device(args: Any) -> torch.device:
     if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
-    try:
+    with first_use_of_gpu():
         torch.zeros(1, device=device)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise SystemExit(
-            f"error: the GPU cannot be used ({reason}); use --no-cuda or free its memory"
-        ) from None
     return device
 
 
 def adam_options(device: torch.device) -> dict[str, bool]:
-    """For a gradient step that can be captured: on a GPU, nothing that it changes may lie on the host."""
+    """Settings of Adam, so that a gradient step can be captured: all that it changes lies on the GPU."""
     return {"fused": True, "capturable": True} if device.type == "cuda" else {}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """The same, for a learning rate that changes."""
+    """Sets Adam's learning rate; where a gradient step is captured, in a tensor on the GPU."""
     (group,) = optimizer.param_groups
     if not group["fused"]:
         group["lr"] = value

@@ -7,7 +7,11 @@ import threading
 from types import FrameType
 
 # Ctrl-C; a request to end; a closed terminal or ssh connection; what Slurm sends before its time limit.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has only two of them
+)
 
 
 def name_of(signal_number: int) -> str:
@@ -37,7 +41,7 @@ def exit_on_ctrl_c() -> None:
 
 class StopSignals:
     """A context in which the first of `STOP_SIGNALS` is only noted, and a further SIGINT or SIGTERM ends the
-    process at once. What the process was started to ignore, as SIGHUP by `nohup`, stays ignored.
+    process at once. SIGHUP stays ignored in a process that was started with `nohup`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +51,8 @@ class StopSignals:
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # where signals arrive
             for number in STOP_SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                is_ignored = signal.getsignal(number) == signal.SIG_IGN
+                if number in (signal.SIGINT, signal.SIGTERM) or not is_ignored:
                     self._handlers[number] = signal.signal(number, self._handle)
         return self
 

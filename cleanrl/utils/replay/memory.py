@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.replay.ring import Frames, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import open_replay
@@ -81,17 +82,6 @@ def _plan(
                 raise SystemExit(f"error: {shortage}") from None
             raise
     return buffers
-
-
-def memory_shortage(error: BaseException) -> str | None:
-    """What to say of an error that means that the host or a GPU has no more memory; None for any other."""
-    text = str(error).partition("\n")[0]
-    signs = ("out of memory", "resource_exhausted", "can't allocate memory")  # CUDA, XLA, PyTorch on a CPU
-    if isinstance(error, MemoryError):
-        text = f"the host has no more memory ({text})"
-    elif not isinstance(error, RuntimeError) or not any(sign in text.lower() for sign in signs):
-        return None
-    return f"{text}; end what else takes memory, or use --buffer-device cpu or a smaller --buffer-size"
 
 
 def available_host_memory() -> int:

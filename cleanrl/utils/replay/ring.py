@@ -68,7 +68,7 @@ class ReplayBuffer:
     episode or into overwritten slots; spare slots ensure that this costs no transitions. A sum of n rewards
     ends with its episode. A truncated episode is bootstrapped from its true last observation.
 
-    It takes no memory before `start` or `allocate`, and none after `free`.
+    It holds no memory before `start` or `allocate`, and none after `free`.
 
     Args:
         capacity: slots over all environments; the oldest are overwritten.

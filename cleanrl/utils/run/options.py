@@ -34,7 +34,7 @@ class RunOptions:
     cuda: bool = True
     """train on the GPU if there is one"""
     cuda_graphs: bool = True
-    """launch all kernels of a gradient step at once on a GPU (PyTorch; JAX compiles its own)"""
+    """launch the kernels of a gradient step together on a GPU, as a CUDA graph"""
     track: bool = False
     """mirror the TensorBoard curves to Weights & Biases (requirements/requirements-track.txt)"""
     wandb_project_name: str = "qdagger"

@@ -13,12 +13,12 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.evaluation import evaluate
 from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import check_upload, upload
-from cleanrl.utils.replay.memory import memory_shortage
 from cleanrl.utils.run.charts import CHARTS, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
 from cleanrl.utils.run.checkpoint import (
     OTHER_VERSION_REMEDY,
@@ -56,7 +56,7 @@ def check_services(args: Any) -> None:
 class TrainingRun:
     """A run, new or resumed, locked against other processes; a context around all of its training.
 
-    As a context it notes SIGINT and SIGTERM for `checkpoint`, and ends a run that is stopped, whose
+    As a context it notes the signals that stop a run for `checkpoint`, and ends a run that is stopped, whose
     environments fail, or that runs out of disk or memory, with one line and an exit status. In the first two
     cases it keeps the network. A run that has finished loses its checkpoints and is uploaded, if it is to be.
 
