@@ -134,3 +134,9 @@ def test_help_explains_every_option_and_its_default(script, help_text):
 def test_no_option_of_the_algorithm_may_change_when_a_run_is_resumed(script):
     algorithm = {name for name, option in describe_options(script.Args).items() if option.group != "run"}
     assert MAY_CHANGE & algorithm <= {"total_timesteps", "buffer_device", "save_replay"}
+
+
+def test_every_script_refuses_a_name_that_files_should_not_have(script):
+    """Which names these are: test_command_line.py."""
+    with pytest.raises(SystemExit, match=r"^error: --exp-name a/b must be at most 100 letters, "):
+        check_arguments(script.Args(exp_name="a/b"))
