@@ -20,8 +20,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled_programs.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+# In the background of a shell the tests and what they start ignore Ctrl-C; under `nohup`, a closed terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 QDAGGER = ["qdagger_dqn_atari_impalacnn", "qdagger_dqn_atari_jax_impalacnn"]
 DQN = ["dqn_atari", "dqn_atari_jax"]
