@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import flax.linen as nn
@@ -72,8 +71,6 @@ class Args(RunOptions):
     """learning rate of Adam"""
     buffer_size: PositiveInt = 1_000_000
     """capacity of the replay buffer in frames: one per transition and one per end of an episode"""
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay buffer's frames lie; auto: on the training device if they fit, else in host memory"""
     gamma: Fraction = 0.99
     """discount factor"""
     tau: Fraction = 1.0

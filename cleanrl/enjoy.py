@@ -1,9 +1,9 @@
-"""Plays games with a trained student or teacher, in a window or into videos.
+"""Plays games with a trained agent of any kind, in a window or into videos.
 
     python cleanrl/enjoy.py --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
     python cleanrl/enjoy.py --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
 
-A student is played by the framework that trained it, a teacher by PyTorch or, without it, by JAX.
+PyTorch plays it or, without PyTorch, JAX, whichever of them it was trained with.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -24,13 +25,12 @@ import numpy as np
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveInt
+from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_bounds, parse, refuse
+from cleanrl.utils.evaluation import acting_values
 from cleanrl.utils.games.atari import count_actions
-from cleanrl.utils.hub.download import Advice, download, teacher_filename
+from cleanrl.utils.hub.download import Advice, download, find_file
 from cleanrl.utils.signals import exit_on_ctrl_c
-from cleanrl.utils.weights.files import read_weights
-from cleanrl.utils.weights.layouts import fit_weights, flatten, is_flax, is_student, unflatten
 
 ADVICE = Advice("--hf-repo", "--hf-file", "play a local one with --model-path FILE")
 GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
@@ -40,11 +40,15 @@ GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
 class Args:
     # agent
     model_path: Path | None = None
-    """a student or teacher in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
+    """an agent in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
     hf_repo: str | None = None
     """or its repository on the Hub"""
     hf_file: str | None = None
-    """its file there (default: {exp_name}.cleanrl_model in a repository {env_id}-{exp_name}-seed{seed})"""
+    """its file there (default: the only agent there)"""
+    acts: Literal["auto", "argmax", "sample"] = "auto"
+    """by the argmax of its Q-values or by sampling from its policy; auto: an actor-critic samples"""
+    temperature: PositiveFloat = 1.0
+    """temperature of the policy softmax(Q / temperature) of an agent that has Q-values"""
 
     # game
     env_id: str | None = None
@@ -74,48 +78,37 @@ def find_model(args: Args) -> tuple[Path, str]:
     count_actions(env_id)
     if args.model_path:
         return args.model_path, env_id
-    published = re.fullmatch(rf"{re.escape(env_id)}-(.+)-seed\d+", name.rpartition("/")[2])
-    if not (args.hf_file or published or name.startswith("sb3/")):
-        raise SystemExit(f"error: --hf-repo {name} does not name its file; use --hf-file")
-    filename = args.hf_file or teacher_filename(name, published and published[1])
-    return download(name, filename, advice=ADVICE), env_id
+    return download(name, args.hf_file or find_file(name, advice=ADVICE), advice=ADVICE), env_id
 
 
-def load_player(path: Path, env_id: str) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[..., gym.Env]]:
-    """Loads a file of weights; returns its function from observations to Q-values, and the `make_env` to use.
+class Player(NamedTuple):
+    q_values: Callable[[np.ndarray], np.ndarray]
+    """from observations uint8 (n, 4, 84, 84) to Q-values (n, actions)"""
+    sampling_temperature: float
+    """see `acting_values`"""
+    make_env: Callable[..., gym.Env]
+
+
+def load_player(args: Args, path: Path, env_id: str) -> Player:
+    """Loads a file of weights as a QDagger script loads its teacher.
 
     Raises:
         SystemExit: with a one-line error if the file cannot be used for this game or with these packages.
     """
-    weights = read_weights(path)
-    plays_student = is_student(weights)
-    # A student needs its own framework: their max-poolings pad differently. A teacher has none.
-    use_jax = is_flax(weights) if plays_student else find_spec("torch") is None
-    framework, suffix, packages = ("jax", "_jax", "jax") if use_jax else ("torch", "", "atari")
-    if find_spec(framework) is None:
-        raise SystemExit(
-            f"error: {path} is a student of {framework}, which is not installed;"
-            f" pip install -r requirements/requirements-{packages}.txt"
-        )
-    script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{suffix}_impalacnn")
-    if plays_student:
-        dense_bias = weights.get("params/Dense_0/bias" if use_jax else "network.5.bias", np.zeros(256))
-        network = script.StudentNetwork(count_actions(env_id), len(dense_bias))
+    use_torch = find_spec("torch") is not None
+    script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{'' if use_torch else '_jax'}_impalacnn")
+    if use_torch:
+        import torch
+
+        device = torch.device("cpu")
     else:
-        network = script.TeacherNetwork(count_actions(env_id))
-    fit = partial(fit_weights, weights, source=str(path), role="student" if plays_student else "teacher")
-    if use_jax:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-        shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))
-        q_function = script.QFunction(unflatten(fit(flatten(shapes))), network)
-        return partial(script.compute_q_values, q_function), script.make_env
-    import torch
-
-    fitted = fit(network.state_dict())
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in fitted.items()})
-    return partial(script.compute_q_values, network), script.make_env
+        device = jax.devices("cpu")[0]
+    settings = script.Args(teacher_model_path=path, teacher_acts=args.acts, temperature=args.temperature)
+    agent = script.load_teacher(settings, count_actions(env_id), device)
+    return Player(partial(script.compute_q_values, agent), agent.sampling_temperature, script.make_env)
 
 
 def open_window(env: gym.Env) -> None:
@@ -128,12 +121,13 @@ def open_window(env: gym.Env) -> None:
     env.unwrapped.ale.setBool("display_screen", True)
 
 
-def play(env: gym.Env, q_values: Callable[[np.ndarray], np.ndarray], seed: int, epsilon: float) -> float:
+def play(env: gym.Env, player: Player, seed: int, epsilon: float) -> float:
     """Plays one whole game and returns its unclipped return."""
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     while True:
-        action = q_values(observation[None])[0].argmax()
+        values = acting_values(rng, player.q_values(observation[None]), player.sampling_temperature)
+        action = values[0].argmax()
         if rng.random() < epsilon:
             action = rng.integers(env.action_space.n)
         observation, _, terminated, truncated, _ = env.step(action)
@@ -146,7 +140,7 @@ def play(env: gym.Env, q_values: Callable[[np.ndarray], np.ndarray], seed: int, 
 def main(args: Args) -> None:
     check_bounds(args)
     path, env_id = find_model(args)
-    q_values, make_env = load_player(path, env_id)
+    player = load_player(args, path, env_id)
     if args.video_folder:
         try:
             args.video_folder.mkdir(parents=True, exist_ok=True)
@@ -155,11 +149,11 @@ def main(args: Args) -> None:
     returns = []
     for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games), start=1):
         with TemporaryDirectory() as scratch:
-            env = make_env(env_id, video_folder=Path(scratch) / "video" if args.video_folder else None)
+            env = player.make_env(env_id, video_folder=Path(scratch) / "video" if args.video_folder else None)
             if args.video_folder is None:
                 open_window(env)
             try:
-                returns.append(play(env, q_values, int(seed), args.epsilon))
+                returns.append(play(env, player, int(seed), args.epsilon))
             except RuntimeError as error:
                 if "SDL" not in str(error):
                     raise

@@ -1,6 +1,6 @@
 """QDagger (Agarwal et al., 2022, "Reincarnating Reinforcement Learning") on Atari, in PyTorch.
 
-A teacher, an ordinary DQN, already exists. A student, an Impala-CNN, takes over what the teacher knows and
+A teacher, usually a DQN, already exists. A student, an Impala-CNN, takes over what the teacher knows and
 then goes past it: (1) the teacher fills a replay buffer with its play, (2) the student learns from it
 offline, (3) the student plays and learns online while the teacher's influence fades.
 
@@ -32,21 +32,20 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_arguments, parse_arguments
-from cleanrl.utils.evaluation import MAX_GAME_FRAMES
-from cleanrl.utils.games.atari import count_actions, random_return
+from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
+from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device, set_learning_rate
-from cleanrl.utils.hub.download import download, teacher_filename
+from cleanrl.utils.hub.download import download, find_file
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.memory import plan_replays
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import load_replay
-from cleanrl.utils.run.options import RunOptions
+from cleanrl.utils.run.options import TeacherOptions
 from cleanrl.utils.run.training_run import TrainingRun, check_services
 from cleanrl.utils.signals import exit_on_ctrl_c
-from cleanrl.utils.weights.files import read_weights
-from cleanrl.utils.weights.layouts import fit_weights
+from cleanrl.utils.weights.agents import read_agent
 
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
@@ -58,7 +57,7 @@ FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, what the games of a phase start fr
 
 
 @dataclass(unsafe_hash=True)
-class Args(RunOptions):
+class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
     # environment
@@ -84,8 +83,6 @@ class Args(RunOptions):
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
     """capacity of the replay buffer in frames: one per transition and one per end of an episode"""
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay buffer's frames lie; auto: on the training device if they fit, else in host memory"""
     n_step: PositiveInt = 1
     """rewards summed before the bootstrap (the paper: 3)"""
     gamma: Fraction = 0.99
@@ -110,14 +107,8 @@ class Args(RunOptions):
     """online environment steps per gradient step"""
 
     # teacher
-    teacher_policy_hf_repo: str | None = None
-    """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
     teacher_model_exp_name: str = "dqn_atari"
-    """the teacher's file there is {teacher_model_exp_name}.cleanrl_model (sb3/name: name.zip)"""
-    teacher_revision: str | None = None
-    """branch, tag or commit of that repository"""
-    teacher_model_path: Path | None = None
-    """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
+    """the experiment that trained the teacher: part of its names on the Hub"""
     teacher_eval_episodes: PositiveInt = 10
     """games over which the teacher's return is measured"""
     teacher_steps: PositiveInt = 500_000
@@ -310,26 +301,28 @@ class ResidualBlock(nn.Module):
 
 
 class ConvSequence(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, pools_as_flax: bool):
         super().__init__()
+        self.pools_as_flax = pools_as_flax
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.res_block0 = ResidualBlock(out_channels)
         self.res_block1 = ResidualBlock(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv(x), kernel_size=3, stride=2, padding=1)
+        padding = x.shape[-1] % 2 if self.pools_as_flax else 1  # flax pads even sizes on one side only
+        x = F.max_pool2d(self.conv(x), 3, stride=2, padding=padding, ceil_mode=self.pools_as_flax)
         return self.res_block1(self.res_block0(x))
 
 
 class StudentNetwork(nn.Module):
     """The Impala-CNN (Espeholt et al., 2018): uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
 
-    def __init__(self, num_actions: int, dense_width: int = 256):
+    def __init__(self, num_actions: int, dense_width: int = 256, pools_as_flax: bool = False):
         super().__init__()
         self.network = nn.Sequential(
-            ConvSequence(4, 16),
-            ConvSequence(16, 32),
-            ConvSequence(32, 32),
+            ConvSequence(4, 16, pools_as_flax),
+            ConvSequence(16, 32, pools_as_flax),
+            ConvSequence(32, 32, pools_as_flax),
             nn.Flatten(),
             nn.ReLU(),
             nn.Linear(3872, dense_width),
@@ -344,20 +337,42 @@ class StudentNetwork(nn.Module):
 # ----------------------------------------------------------------------------------------------- teacher
 
 
-def load_teacher(args: Args, num_actions: int, device: torch.device) -> TeacherNetwork:
-    """Loads the teacher from a local file or from the Hub.
+class Teacher(nn.Module):
+    """What an agent's outputs say: uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
+
+    def __init__(self, network: nn.Module, atoms: ArrayLike, temperature: float, sampling_temperature: float):
+        super().__init__()
+        self.network = network
+        self.register_buffer("atoms", torch.tensor(atoms))
+        self.temperature, self.sampling_temperature = temperature, sampling_temperature
+
+    def forward(self, observations: Tensor) -> Tensor:
+        outputs = self.network(observations)
+        if len(self.atoms):  # C51: each action's expected return (Bellemare et al., 2017)
+            return outputs.unflatten(1, (-1, len(self.atoms))).softmax(dim=2) @ self.atoms
+        if self.temperature:  # a policy π, which is softmax(temperature · log π / temperature)
+            return self.temperature * F.log_softmax(outputs, dim=1)
+        return outputs
+
+
+def load_teacher(args: Args, num_actions: int, device: torch.device) -> Teacher:
+    """Loads the teacher, an agent of any kind, from a local file or from the Hub.
 
     Raises:
         SystemExit: with a one-line error that names the file or the repository and what to do.
     """
     path = args.teacher_model_path
     if path is None:
-        repo_id = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
-        filename = teacher_filename(repo_id, args.teacher_model_exp_name)
-        path = download(repo_id, filename, args.teacher_revision)
-    teacher = TeacherNetwork(num_actions)
-    weights = fit_weights(read_weights(path), teacher.state_dict(), str(path))
-    teacher.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+        repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
+        file = args.teacher_hf_file or find_file(repo, args.teacher_revision, args.teacher_model_exp_name)
+        path = download(repo, file, args.teacher_revision)
+    agent = read_agent(path, num_actions)
+    network = TeacherNetwork(num_actions * agent.outputs_per_action)
+    if agent.kind == "Impala-CNN":
+        network = StudentNetwork(num_actions, agent.dense_width, pools_as_flax=agent.is_flax)
+    weights = agent.fit(network.state_dict()).items()
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights})
+    teacher = Teacher(network, agent.atoms, *agent.temperatures(args.temperature, args.teacher_acts))
     return teacher.to(device).requires_grad_(False)
 
 
@@ -525,25 +540,17 @@ def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) 
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
 
 
-def check_teacher_return(args: Args, teacher_return: float) -> None:
-    """Raises SystemExit with a one-line error if λ means nothing with that return."""
-    baseline = random_return(args.env_id, args.return_normalization)
-    if teacher_return <= baseline:
-        fault = f"the teacher's mean return, {teacher_return:.2f}, is not above {baseline}: λ means nothing"
-        remedy = {"none": "--return-normalization random", "random": "a better teacher"}
-        raise SystemExit(f"error: {fault}; use {remedy[args.return_normalization]}")
-
-
-def evaluate_teacher(args: Args, state: TrainState, teacher: TeacherNetwork, run: TrainingRun) -> None:
+def evaluate_teacher(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
     """Measures G_T, and refuses a teacher for which λ means nothing."""
-    returns = run.play("teacher", partial(compute_q_values, teacher), args.teacher_eval_episodes, step=0)
+    play = partial(run.play, "teacher", partial(compute_q_values, teacher), args.teacher_eval_episodes)
+    returns = play(step=0, sampling_temperature=teacher.sampling_temperature)
     state.teacher_return = float(np.mean(returns))
     run.say(f"teacher: mean return {state.teacher_return:.2f}")
     run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, 0)
-    check_teacher_return(args, state.teacher_return)
+    check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
 
 
-def fill_teacher_replay(args: Args, state: TrainState, teacher: TeacherNetwork, run: TrainingRun) -> None:
+def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
     """Phase 1: the teacher plays with a falling ε; its replay keeps what it saw and did, and its Q-values."""
     with (
         run.open_envs(args.num_envs, seed=(args.seed, FILL_SEED)) as envs,
@@ -555,7 +562,8 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: TeacherNetwork, 
             q_values = compute_q_values(teacher, envs.observations)
             steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
-            actions = explore(state.rng, epsilon, q_values)
+            preferences = acting_values(state.rng, q_values, teacher.sampling_temperature)
+            actions = explore(state.rng, epsilon, preferences)
             envs.step_async(actions)
             state.teacher_replay.add(actions, envs.step_wait(), q_values)
             state.teacher_step += args.num_envs
@@ -571,8 +579,8 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
             if is_due and state.offline_step > state.evaluated_step:
                 run.save_model(state.student, "-offline")
-                returns = evaluate_student(args, state, f"offline-{state.offline_step}", run)
-                mean_return = float(np.mean(returns))
+                player, name = partial(compute_q_values, state.student), f"offline-{state.offline_step}"
+                mean_return = float(np.mean(run.play(name, player, args.eval_episodes, state.offline_step)))
                 run.plot({"charts/offline/avg_episodic_return": mean_return}, state.offline_step)
                 run.say(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
                 state.evaluated_step = state.offline_step
@@ -608,7 +616,7 @@ def distill_coefficient(args: Args, state: TrainState, online_step: int) -> floa
     return max(1.0 - (student_return - baseline) / (state.teacher_return - baseline), 0.0)
 
 
-def train_online(args: Args, state: TrainState, teacher: TeacherNetwork, run: TrainingRun) -> None:
+def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
     """Phase 3: the student plays and learns, the less from the teacher the better it plays."""
     if state.online_step == 0:
         update_target_network(state, tau=1.0)
@@ -669,12 +677,6 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
             update_target_network(state, args.tau)
 
 
-def evaluate_student(args: Args, state: TrainState, name: str, run: TrainingRun) -> list[float]:
-    """The returns of the evaluation's games, the same games each time."""
-    step = state.offline_step + state.online_step
-    return run.play(name, partial(compute_q_values, state.student), args.eval_episodes, step)
-
-
 # -------------------------------------------------------------------------------------------------- main
 
 
@@ -708,11 +710,9 @@ def main(args: Args) -> None:
         run.say("(3) the student plays and learns online")
         train_online(args, state, teacher, run)
         run.save_model(state.student)
-        run.finish(evaluate_student(args, state, "final", run))
-        run.plot(
-            {"charts/teacher/avg_episodic_return": state.teacher_return},
-            args.offline_steps + state.online_step,
-        )
+        end = args.offline_steps + state.online_step
+        run.finish(run.play("final", partial(compute_q_values, state.student), args.eval_episodes, end))
+        run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
 
 
 if __name__ == "__main__":

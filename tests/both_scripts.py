@@ -196,14 +196,22 @@ def linear_weights(script: ModuleType, kernel: np.ndarray, bias: np.ndarray) -> 
     return {"params/Dense_0/kernel": kernel, "params/Dense_0/bias": bias}
 
 
-def linear_network(script: ModuleType, kernel: np.ndarray, bias: np.ndarray) -> Any:
-    """The same as a teacher."""
+def as_teacher(script: ModuleType, network: Any, sampling_temperature: float = 0.0) -> Any:
+    """A network as a teacher, whose outputs are its Q-values."""
+    return script.Teacher(network, np.zeros(0, np.float32), 0.0, sampling_temperature)
+
+
+def linear_teacher(
+    script: ModuleType, kernel: np.ndarray, bias: np.ndarray, sampling_temperature: float = 0.0
+) -> Any:
+    """The linear network as a teacher."""
     own = linear_weights(script, kernel, bias)
     if not uses_torch(script):
-        return script.QFunction(jax.device_put(unflatten(own)), JaxLinear(len(bias)))
+        function = script.QFunction(jax.device_put(unflatten(own)), JaxLinear(len(bias)))
+        return as_teacher(script, function, sampling_temperature)
     network = TorchLinear(len(bias)).requires_grad_(False)
     network.load_state_dict({name: torch.tensor(array) for name, array in own.items()})
-    return network
+    return as_teacher(script, network, sampling_temperature)
 
 
 def published_shapes(

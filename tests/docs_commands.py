@@ -40,7 +40,6 @@ from cleanrl.utils.benchmark import __main__ as many_runs
 from cleanrl.utils.command_line import check_arguments, parse
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub import publish
-from cleanrl.utils.hub.download import teacher_filename
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, unflatten
 
@@ -261,7 +260,12 @@ def start_hubs(stack: ExitStack) -> dict[str, HubServer]:
         policy = {f"{names_in_zoo[parts[name][0]]}.{parts[name][2]}": weights[name] for name in weights}
         archive.writestr("policy.pth", saved(policy))
     contents = {"torch": saved(weights), "flax": to_bytes(unflatten(to_flax(weights))), "sb3": zoo.getvalue()}
-    return {kind: stack.enter_context(HubServer(content)) for kind, content in contents.items()}
+    files = ["dqn_atari.cleanrl_model", "dqn_atari_jax.cleanrl_model"]
+    files_of_zoo = [f"{kind}-PongNoFrameskip-v4.zip" for kind in ("dqn", "ppo")]
+    return {
+        kind: stack.enter_context(HubServer(content, files=files_of_zoo if kind == "sb3" else files))
+        for kind, content in contents.items()
+    }
 
 
 def free_port() -> int:
@@ -366,7 +370,10 @@ def run_script(words: list[str], place: Place) -> None:
     assert not (run_folder / "checkpoints").exists()  # it has finished
     if needs_hub:
         requested = {path for _, path, _ in place.hubs[hub].requests}
-        assert f"/{repo}/resolve/main/{teacher_filename(repo, args.teacher_model_exp_name)}" in requested
+        published = re.fullmatch(r"cleanrl/.*NoFrameskip-v4-(.+)-seed\d+", repo)
+        usual = f"{published[1] if published else args.teacher_model_exp_name}.cleanrl_model"
+        file = f"{repo.partition('/')[2]}.zip" if hub == "sb3" else usual
+        assert f"/{repo}/resolve/main/{args.teacher_hf_file or file}" in requested
     if getattr(args, "save_replay", None):
         assert (place.folder / args.save_replay / "manifest.json").exists()
 

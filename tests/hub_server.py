@@ -66,6 +66,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         if mode == "busy_once" and "/resolve/" in self.path:
             server.mode, mode = "ok", "server_error"
+        if server.files is not None and self.path.startswith("/api/models/") and mode not in ERRORS:
+            server.requests.append((self.command, self.path, dict(self.headers)))
+            listed = {"id": "me/model", "sha": COMMIT, "siblings": [{"rfilename": f} for f in server.files]}
+            answer = json.dumps(listed).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+            return
         if mode in ERRORS or self.path.startswith("/api/"):  # the client's telemetry
             status, code = ERRORS.get(mode, (404, None))
             self.send_response(status)
@@ -117,7 +127,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `content` as every file of every repo. `mode` may be changed while it runs:
+    """Serves `content` as every file of every repo, each of which lists `files`, if any are given.
+
+    `mode` may be changed while it runs:
 
     ok, any of ERRORS, redirect (the file is on another host, as the Hub's large files are), no_hub (a web
     server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
@@ -128,8 +140,11 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
     handler = Handler
 
-    def __init__(self, content: bytes, mode: str = "ok", pause_s: float = 0.2):
+    def __init__(
+        self, content: bytes, mode: str = "ok", pause_s: float = 0.2, files: list[str] | None = None
+    ):
         super().__init__(("127.0.0.1", 0), self.handler)
+        self.files = files
         self.content, self.mode, self.pause_s = content, mode, pause_s
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.stopped = threading.Event()

@@ -17,7 +17,7 @@ from both_scripts import (
     Weights,
     create_state,
     is_qdagger,
-    linear_network,
+    linear_teacher,
     set_weights,
     use_network,
     weights,
@@ -161,6 +161,7 @@ class NoRun:
         self.make_games = make_games
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.played: list[str] = []
+        self.played_temperatures: list[float] = []  # of each call of `play`
         self.played_q_values: list[float] = []  # of each call of `play`, for black frames
         self.saved: list[tuple[str, Weights]] = []
         self.seeds: list[Sequence[int]] = []
@@ -190,8 +191,16 @@ class NoRun:
         self.plot({"charts/episodic_return": game.episodic_return}, step)
         self.plot({"charts/episodic_length": game.episodic_length}, step)
 
-    def play(self, name: str, compute_q_values: Callable, num_games: int, step: int) -> list[float]:
+    def play(
+        self,
+        name: str,
+        compute_q_values: Callable,
+        num_games: int,
+        step: int,
+        sampling_temperature: float = 0.0,
+    ) -> list[float]:
         self.played.append(name)
+        self.played_temperatures.append(sampling_temperature)
         self.played_q_values.append(compute_q_values(np.zeros((1, 4, 84, 84), np.uint8)).max().item())
         return [0.5]
 
@@ -282,7 +291,7 @@ def rehearse(
         if is_qdagger(script):
             if teacher is None:
                 preferences = np.arange(NUM_ACTIONS, dtype=np.float32)
-                teacher = linear_network(script, np.zeros((196, NUM_ACTIONS), np.float32), preferences)
+                teacher = linear_teacher(script, np.zeros((196, NUM_ACTIONS), np.float32), preferences)
             script.fill_teacher_replay(args, state, teacher, run)
             teacher_epsilon, teacher_actions = epsilons.copy(), run.games.actions
             epsilons.clear()

@@ -5,7 +5,7 @@ much of a tiny gradient as of a large one. So gradients and Adam are compared in
 roundings are 5e8 times smaller and nothing else is left.
 
 The networks differ in one thing by design: torch's max-pool pads a row and a column on every side, flax's
-SAME only at the end where the size is even. Unless a test says otherwise, torch pads like SAME here.
+SAME only at the end where the size is even. Unless a test says otherwise, torch pools as flax does here.
 """
 
 from functools import cache, partial
@@ -41,22 +41,19 @@ from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
 
 BATCH = 4
 
-pad_less_max_pool2d = F.max_pool2d
 
-
-def same_max_pool2d(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
-    """What the torch script asks for, save for SAME padding: as much as is needed, the odd one at the end."""
-    assert (kernel_size, stride, padding) == (3, 2, 1)
+def same_max_pool2d(x: torch.Tensor) -> torch.Tensor:
+    """3×3 with stride 2 and SAME padding: as much as is needed, the odd one at the end."""
     padding = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max((-(-size // 2) - 1) * 2 + 3 - size, 0)
         padding += [total // 2, total - total // 2]
-    return pad_less_max_pool2d(F.pad(x, padding, value=-np.inf), 3, 2)
+    return F.max_pool2d(F.pad(x, padding, value=-np.inf), 3, 2)
 
 
 @pytest.fixture
 def torch_pads_like_flax(monkeypatch):
-    monkeypatch.setattr(TORCH.F, "max_pool2d", same_max_pool2d)
+    monkeypatch.setattr(TORCH, "StudentNetwork", partial(TORCH.StudentNetwork, pools_as_flax=True))
 
 
 @pytest.fixture
@@ -250,10 +247,13 @@ def test_max_pool_is_flaxs_and_torchs(size):
     np.testing.assert_array_equal(gradient, expected_gradient)
 
     torch_x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_()
-    torch_y = same_max_pool2d(torch_x, 3, 2, 1)
+    torch_y = same_max_pool2d(torch_x)
     torch_y.backward(torch.tensor(output_gradient.transpose(0, 3, 1, 2)))
     np.testing.assert_array_equal(y, torch_y.detach().numpy().transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(gradient, torch_x.grad.numpy().transpose(0, 2, 3, 1))
+
+    as_torch = F.max_pool2d(torch_x, 3, stride=2, padding=1).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(JAX.max_pool(jnp.array(x), as_torch=True), as_torch)
 
 
 # ------------------------------------------------------------------------------------------------- losses

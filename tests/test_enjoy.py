@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import flax.serialization
-import jax
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl import enjoy
-from cleanrl.enjoy import Args, find_model, load_player, main, play
+from cleanrl.enjoy import Args, Player, find_model, main, play
+from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.files import read_weights
-from cleanrl.utils.weights.layouts import fit_weights, flatten, to_flax, to_torch, unflatten
+from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PONG = "PongNoFrameskip-v4"
@@ -38,7 +39,7 @@ def torch_q_values(network: torch.nn.Module) -> np.ndarray:
 
 def teacher_q_values() -> np.ndarray:
     network = torch_script.TeacherNetwork(6)
-    weights = fit_weights(read_weights(TEACHER), network.state_dict(), "the teacher")
+    weights = read_agent(TEACHER, 6).fit(network.state_dict())
     network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return torch_q_values(network)
 
@@ -48,32 +49,17 @@ def write_flax(path: Path, weights: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def test_a_torch_student_of_any_width_is_played(tmp_path):
+def load_player(path: Path, **options: object) -> Player:
+    return enjoy.load_player(Args(**options), path, PONG)
+
+
+def test_a_student_of_any_width_is_played(tmp_path):
+    """Every kind of agent: test_teacher_kinds.py."""
     student = torch_student()
     torch.save(student.state_dict(), tmp_path / "student")
-    q_values, make_env = load_player(tmp_path / "student", PONG)
-    np.testing.assert_allclose(q_values(OBSERVATIONS), torch_q_values(student), rtol=1e-5)
-    assert make_env is torch_script.make_env
-
-
-@pytest.mark.parametrize("suffix", ["msgpack", "safetensors"])
-def test_a_flax_student_is_played_by_jax(tmp_path, suffix):
-    """Its max-pooling pads differently from torch's, so there the same numbers are another function."""
-    network = jax_script.StudentNetwork(6, 64)
-    shapes = flatten(jax.eval_shape(network.init, jax.random.key(0), OBSERVATIONS))
-    rng = np.random.default_rng(0)
-    weights = {name: rng.normal(0, 0.1, array.shape).astype(np.float32) for name, array in shapes.items()}
-    path = tmp_path / suffix
-    if suffix == "msgpack":
-        write_flax(path, weights)
-    else:
-        save_file(weights, path)
-    q_values, _ = load_player(path, PONG)
-    expected = np.asarray(jax_script.forward(jax_script.QFunction(unflatten(weights), network), OBSERVATIONS))
-    np.testing.assert_allclose(q_values(OBSERVATIONS), expected, rtol=1e-4, atol=1e-6)
-    in_torch = torch_student()
-    in_torch.load_state_dict({name: torch.tensor(array) for name, array in to_torch(weights).items()})
-    assert not np.allclose(torch_q_values(in_torch), expected, rtol=1e-2)
+    player = load_player(tmp_path / "student")
+    np.testing.assert_allclose(player.q_values(OBSERVATIONS), torch_q_values(student), rtol=1e-5)
+    assert player.make_env is torch_script.make_env
 
 
 @pytest.mark.parametrize("layout", ["torch", "flax"])
@@ -86,22 +72,51 @@ def test_a_teacher_is_played_by_what_is_installed(tmp_path, monkeypatch, layout,
     else:
         write_flax(path, to_flax(weights))
     monkeypatch.setitem(sys.modules, "jax" if installed == "torch" else "torch", None)
-    q_values, make_env = load_player(path, PONG)
-    np.testing.assert_allclose(q_values(OBSERVATIONS), teacher_q_values(), rtol=1e-4, atol=1e-5)
-    assert make_env is {"torch": torch_script, "jax": jax_script}[installed].make_env
+    player = load_player(path)
+    np.testing.assert_allclose(player.q_values(OBSERVATIONS), teacher_q_values(), rtol=1e-4, atol=1e-5)
+    assert player.make_env is {"torch": torch_script, "jax": jax_script}[installed].make_env
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_a_student_of_a_missing_framework_is_refused(tmp_path, monkeypatch, framework):
-    weights = {name: tensor.numpy() for name, tensor in torch_student().state_dict().items()}
-    path = tmp_path / "student"
-    save_file(weights if framework == "torch" else to_flax(weights), path)
-    monkeypatch.setitem(sys.modules, framework, None)
-    packages = {"torch": "atari", "jax": "jax"}[framework]
-    advice = rf"a student of {framework}, .*; pip install -r requirements/requirements-{packages}\.txt$"
-    with pytest.raises(SystemExit, match=advice):
-        load_player(path, PONG)
-    assert (ROOT / "requirements" / f"requirements-{packages}.txt").is_file()
+def actor_critic(path: Path) -> Path:
+    """Whose policy takes actions 0 and 5 with probabilities 1/4 and 3/4, whatever it sees."""
+    weights = {name: np.zeros_like(array) for name, array in to_torch(read_weights(TEACHER)).items()}
+    for name, array in (
+        ("actor", weights.pop("network.9.weight")),
+        ("critic", np.zeros((1, 512), np.float32)),
+    ):
+        weights[f"{name}.weight"] = array
+    weights |= {"actor.bias": weights.pop("network.9.bias"), "critic.bias": np.zeros(1, np.float32)}
+    weights["actor.bias"][:] = [0, -100, -100, -100, -100, np.log(3)]
+    save_file(weights, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1 / 4, 3 / 4]),
+        ({"acts": "sample", "temperature": 0.1}, [1 / 4, 3 / 4]),
+        ({"acts": "argmax"}, [0, 1]),
+    ],
+)
+def test_a_policy_is_sampled(options, expected, tmp_path):
+    player = load_player(actor_critic(tmp_path / "agent"), **options)
+    actions = []
+
+    class Env:
+        action_space = gym.spaces.Discrete(6)
+
+        def reset(self, seed=None):
+            return OBSERVATIONS[0], ({} if seed else {"episode": {"r": 1.0}})
+
+        def step(self, action):
+            actions.append(int(action))
+            return OBSERVATIONS[0], 1.0, len(actions) == 1000, False, {}
+
+    assert play(Env(), player, seed=1, epsilon=0.0) == 1.0
+    shares = np.bincount(actions, minlength=6) / len(actions)
+    assert set(actions) <= {0, 5}
+    np.testing.assert_allclose(shares[[0, 5]], expected, atol=0.05)
 
 
 @pytest.fixture
@@ -120,13 +135,13 @@ def test_whole_games_are_played_recorded_and_reported(tmp_path, short_games, cap
     assert min(videos.values()) > 10_000
 
     # The same games, played here.
-    q_values, make_env = load_player(TEACHER, PONG)
+    player = load_player(TEACHER)
     for seed, expected in zip(np.random.SeedSequence(1).generate_state(2), returns, strict=True):
-        env, rng, total = make_env(PONG), np.random.default_rng(int(seed)), 0.0
+        env, rng, total = player.make_env(PONG), np.random.default_rng(int(seed)), 0.0
         observation, _ = env.reset(seed=int(seed))
         ended = False
         while not ended:
-            action = q_values(observation[None])[0].argmax()
+            action = player.q_values(observation[None])[0].argmax()
             if rng.random() < 0.5:
                 action = rng.integers(6)
             observation, reward, terminated, truncated, _ = env.step(action)
@@ -143,7 +158,7 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         lives.append(env.unwrapped.ale.lives())
         return np.ones((1, 4))
 
-    assert play(env, q_values, seed=0, epsilon=1.0) >= 0
+    assert play(env, Player(q_values, 0.0, torch_script.make_env), seed=0, epsilon=1.0) >= 0
     assert list(dict.fromkeys(lives)) == [5, 4, 3, 2, 1]
     env.close()
 
@@ -157,16 +172,16 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ({"model_path": TEACHER, "env_id": "Pong"}, "error: --env-id Pong is not known"),
         ({"model_path": TEACHER, "games": 0}, "error: --games 0 must be at least 1"),
         ({"model_path": TEACHER, "seed": -1}, "error: --seed -1 must be at least 0"),
+        ({"model_path": TEACHER, "temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
         ({"model_path": TEACHER, "epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
         (
             {"model_path": TEACHER, "video_folder": TEACHER / "videos"},
             f"error: --video-folder {TEACHER / 'videos'} cannot be created (Not a directory); name another",
         ),
-        ({"hf_repo": f"me/{PONG}"}, f"error: --hf-repo me/{PONG} does not name its file; use --hf-file"),
         ({"model_path": Path(f"no-{PONG}")}, f"error: no-{PONG} does not exist"),
         (
             {"model_path": TEACHER, "env_id": "BreakoutNoFrameskip-v4"},
-            f"error: {TEACHER}: the teacher has 6 actions, this game has 4; use a teacher",
+            f"error: {TEACHER} holds weights of DQN with 6 actions; this game has 4 actions: use an agent",
         ),
     ],
 )
@@ -181,7 +196,7 @@ def test_bad_input_is_a_one_line_error(options, line):
     ("repo", "options", "expected"),
     [
         (f"me/{PONG}-my-agent-seed12", {}, ("my-agent.cleanrl_model", PONG)),
-        (f"sb3/dqn-{PONG}", {}, (f"dqn-{PONG}.zip", PONG)),
+        (f"sb3/dqn-{PONG}", {"hf_file": "x.zip"}, ("x.zip", PONG)),
         ("me/model", {"hf_file": "a.safetensors", "env_id": PONG}, ("a.safetensors", PONG)),
     ],
 )

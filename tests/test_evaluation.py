@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cleanrl.qdagger_dqn_atari_impalacnn import make_env
-from cleanrl.utils.evaluation import evaluate
+from cleanrl.utils.evaluation import acting_values, evaluate
 
 
 class CountingGame(gym.Env):
@@ -106,3 +106,33 @@ def test_a_bounded_game_of_pong_is_recorded_without_a_warning(tmp_path, capfd):
     videos = list(folder.glob("*.mp4"))
     assert len(videos) == 1
     assert videos[0].stat().st_size > 10_000
+
+
+def test_above_a_temperature_of_0_actions_are_samples_of_the_policy():
+    """ln 3 apart at temperature 1, the second action is three times as likely."""
+    q_values = np.array([[0.0, np.log(3)], [5.0, 5.0], [0.0, -200.0]], np.float32)
+    rng = np.random.default_rng(0)
+    for temperature in (1.0, 0.25):
+        actions = [
+            acting_values(rng, temperature * q_values, temperature).argmax(axis=1) for _ in range(4000)
+        ]
+        np.testing.assert_allclose(np.mean(actions, axis=0), [0.75, 0.5, 0.0], atol=0.03)
+    assert acting_values(None, q_values, 0.0) is q_values
+
+
+def test_a_sampling_player_plays_its_policy():
+    """Each step is worth 1 with probability 3/4; without sampling it always is."""
+
+    def play(sampling_temperature: float) -> list[float]:
+        return evaluate(
+            CountingGame,
+            lambda observations: np.tile([0.0, np.log(3)], (len(observations), 1)),
+            episodes=64,
+            seed=0,
+            epsilon=0.0,
+            sampling_temperature=sampling_temperature,
+        )
+
+    lengths, returns = play(0.0), play(1.0)
+    assert play(1.0) == returns
+    assert np.sum(returns) / np.sum(lengths) == pytest.approx(0.75, abs=0.05)

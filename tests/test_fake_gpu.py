@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from both_scripts import DQN_TORCH, NUM_ACTIONS, TORCH, is_qdagger
+from both_scripts import DQN_TORCH, NUM_ACTIONS, TORCH, as_teacher, is_qdagger
 from fake_gpu import DEVICE, Watch, fake_gpu
 from rehearsal import NoRun, RandomGame, rehearsal_args
 
@@ -63,7 +63,7 @@ def counted(watch: Watch, work: Any) -> Counter:
 def test_the_host_waits_for_the_gpu_once_per_step_of_all_environments(gpu, script, buffer_device):
     args, state, run = new_run(script, buffer_device)
     if is_qdagger(script):
-        teacher = TORCH.TeacherNetwork(NUM_ACTIONS).requires_grad_(False).to(DEVICE)
+        teacher = as_teacher(TORCH, TORCH.TeacherNetwork(NUM_ACTIONS)).requires_grad_(False).to(DEVICE)
         state.teacher_return = 20.0
         fill = counted(gpu, lambda: script.fill_teacher_replay(args, state, teacher, run))
         assert fill["reads"] == args.teacher_steps / NUM_ENVS
@@ -129,7 +129,7 @@ def test_every_further_wait_is_seen(gpu, monkeypatch, fault):
     fault(monkeypatch)
     args, state, run = new_run(TORCH)
     state.teacher_return = 20.0
-    teacher = TORCH.TeacherNetwork(NUM_ACTIONS).requires_grad_(False).to(DEVICE)
+    teacher = as_teacher(TORCH, TORCH.TeacherNetwork(NUM_ACTIONS)).requires_grad_(False).to(DEVICE)
     online = counted(gpu, lambda: TORCH.train_online(args, state, teacher, run))
     assert online["reads"] > args.total_timesteps / NUM_ENVS
 
@@ -137,6 +137,6 @@ def test_every_further_wait_is_seen(gpu, monkeypatch, fault):
 def test_tensors_that_lie_on_another_device_are_refused(gpu, monkeypatch):
     monkeypatch.setattr(gpu_torch, "upload", lambda arrays, device: [torch.from_numpy(a) for a in arrays])
     args, state, run = new_run(TORCH)
-    teacher = TORCH.TeacherNetwork(NUM_ACTIONS).requires_grad_(False).to(DEVICE)
+    teacher = as_teacher(TORCH, TORCH.TeacherNetwork(NUM_ACTIONS)).requires_grad_(False).to(DEVICE)
     with pytest.raises(RuntimeError, match="device"):
         TORCH.fill_teacher_replay(replace(args, teacher_steps=8), state, teacher, run)

@@ -144,6 +144,97 @@ def test_slow_download_continues_while_it_makes_progress(tmp_path):
     assert [method for method, _, _ in server.requests].count("GET") == 1
 
 
+# --------------------------------------------------------------------------------------------- listing
+
+
+ZOO = "sb3/ppo-PongNoFrameskip-v4"
+ZOO_FILES = [  # of the zoo's repositories, as they are
+    ".gitattributes", "README.md", "args.yml", "config.yml", "env_kwargs.yml",
+    "ppo-PongNoFrameskip-v4.zip", "ppo-PongNoFrameskip-v4/policy.pth", "replay.mp4", "results.json",
+    "train_eval_metrics.zip",
+]  # fmt: skip
+
+
+def find(endpoint: str, home: Path, *arguments: str, **settings: str) -> SimpleNamespace:
+    code = "import sys; from cleanrl.utils.hub.download import find_file; print(find_file(*sys.argv[1:]))"
+    return run_python(endpoint, home, "-c", code, *arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    ("repo", "files", "expected"),
+    [
+        (ZOO, ZOO_FILES, "ppo-PongNoFrameskip-v4.zip"),
+        ("alice/ppo-PongNoFrameskip-v4", ZOO_FILES, "ppo-PongNoFrameskip-v4.zip"),
+        ("alice/pong", ["README.md", "mine.cleanrl_model", "logs/x.pt"], "mine.cleanrl_model"),
+        ("alice/pong", ["a.safetensors", "dqn_atari.cleanrl_model"], "dqn_atari.cleanrl_model"),
+        ("alice/pong", ["x.safetensors", "x.py"], "x.safetensors"),
+    ],
+)
+def test_a_file_is_found_by_what_the_repo_lists(repo, files, expected, tmp_path):
+    with HubServer(CONTENT, files=files) as server:
+        outcome = find(server.url, tmp_path, repo)
+    assert (outcome.status, outcome.out, outcome.err) == (0, f"{expected}\n", "")
+    assert [path for _, path, _ in server.requests] == [f"/api/models/{repo}"]
+
+
+def test_a_published_name_needs_no_list(tmp_path):
+    outcome = find(refused_url(), tmp_path, "cleanrl/PongNoFrameskip-v4-c51_atari-seed1")
+    assert (outcome.status, outcome.out) == (0, "c51_atari.cleanrl_model\n")
+
+
+def test_the_list_is_that_of_the_revision(tmp_path):
+    with HubServer(CONTENT, files=["a.zip"]) as server:
+        assert find(server.url, tmp_path, "alice/pong", "v2").out == "a.zip\n"
+    assert [path for _, path, _ in server.requests] == ["/api/models/alice/pong/revision/v2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [(["a.zip", "b.pth", "c.txt"], "(a.zip, b.pth)"), (["README.md", "x/a.zip"], "(none)")],
+)
+def test_an_ambiguous_repo_is_one_line(files, found, tmp_path):
+    with HubServer(CONTENT, files=files) as server:
+        outcome = find(server.url, tmp_path, "alice/pong")
+    fault = f"alice/pong does not have exactly one file of weights {found}"
+    expected = (1, "", f"error: {fault}; name it with --teacher-hf-file.\n")
+    assert (outcome.status, outcome.out, outcome.err) == expected
+
+
+@pytest.mark.slow
+def test_without_the_hub_the_list_is_the_caches(tmp_path):
+    with HubServer(CONTENT, files=ZOO_FILES) as server:
+        assert run_download(server.url, tmp_path, ZOO, "ppo-PongNoFrameskip-v4.zip").status == 0
+        server.mode = "server_error"
+        failing = find(server.url, tmp_path, ZOO)
+        never_seen = find(server.url, tmp_path, "sb3/a2c-PongNoFrameskip-v4")
+    offline = find(server.url, tmp_path, ZOO, HF_HUB_OFFLINE="1")
+    for outcome in (failing, offline):
+        assert (outcome.status, outcome.out, outcome.err) == (0, "ppo-PongNoFrameskip-v4.zip\n", "")
+    assert never_seen.status == 1
+    assert "error: cannot list the files of sb3/a2c-PongNoFrameskip-v4: " in never_seen.err
+    assert "error 503; try again later" in never_seen.err
+    assert len(never_seen.err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("no_repo", "no such repo; check --teacher-policy-hf-repo"),
+        ("gated", "gated; accept its terms"),
+        ("no_revision", "no such revision"),
+        ("silent", "stopped answering"),
+    ],
+)
+def test_a_list_that_cannot_be_had_is_one_line(mode, words, tmp_path):
+    with HubServer(CONTENT, mode, files=[]) as server:
+        outcome = find(server.url, tmp_path, ZOO, **SHORT_TIMEOUTS)
+    assert (outcome.status, outcome.out) == (1, "")
+    assert len(outcome.err.splitlines()) == 1
+    assert words in outcome.err
+    assert outcome.elapsed_s < 30
+
+
 def test_import_needs_no_framework():
     code = "import sys, cleanrl.utils.hub.download, cleanrl.utils.weights.files; print(*sys.modules)"
     modules = subprocess.run(

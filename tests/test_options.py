@@ -108,15 +108,17 @@ def test_help_begins_with_what_the_script_does_and_how_it_is_started(script, hel
 
 
 def test_help_groups_the_options_as_the_source_does(script, help_text):
-    learning = ["student", "teacher", "distillation"] if is_qdagger(script) else ["learning"]
+    qdagger = is_qdagger(script)
+    learning = ["student", "distillation"] if qdagger else ["learning"]
     groups = panels(help_text)
-    headings = [f"{group} options" for group in ("run", "environment", *learning)]
+    in_order = ("run", *(["teacher"] if qdagger else []), "environment", *learning)
+    headings = [f"{group} options" for group in in_order]
     assert list(groups) == ["description", "options", *headings]
     for name, group in [
         ("resume", "run"),
         ("num-envs", "environment"),
         ("batch-size", learning[0]),
-        *([("teacher-steps", "teacher"), ("temperature", "distillation")] if is_qdagger(script) else []),
+        *([("teacher-steps", "teacher"), ("temperature", "distillation")] if qdagger else []),
     ]:
         assert f"--{name} " in groups[f"{group} options"]
 

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, is_qdagger, linear_network, name_of
+from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, is_qdagger, linear_teacher, name_of
 from rehearsal import NoGame, NoRun, rehearsal_args, rehearse, td_losses_by_the_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +83,25 @@ def test_actions_are_random_with_epsilon_and_else_the_networks_best(algorithm):
     assert not is_qdagger(algorithm) or len(set(np.ravel(random.teacher_actions))) == 6
 
 
+@pytest.mark.parametrize("script", [TORCH, JAX], ids=["torch", "jax"])
+def test_a_teacher_that_samples_plays_and_is_measured_so(script):
+    """Actions 0 and 5 with probabilities 1/4 and 3/4; what is stored are its Q-values themselves."""
+    preferences = np.array([0, -100, -100, -100, -100, np.log(3)], np.float32)
+    teacher = linear_teacher(script, np.zeros((196, 6), np.float32), preferences, sampling_temperature=1.0)
+    happened = rehearse(script, 8, teacher=teacher, teacher_steps=2000, start_e=0.0, end_e=0.0)
+    actions = np.ravel(happened.teacher_actions)
+    assert set(actions) == {0, 5}
+    assert np.mean(actions == 5) == pytest.approx(3 / 4, abs=0.04)
+    stored = happened.state.teacher_replay.columns["teacher_q_values"]
+    is_used = np.flatnonzero(stored.any(axis=1))
+    assert len(is_used) > 1000
+    np.testing.assert_allclose(stored[is_used], np.tile(preferences, (len(is_used), 1)), rtol=1e-6)
+
+    run = NoRun(NoGame)
+    script.evaluate_teacher(rehearsal_args(script, 8), happened.state, teacher, run)
+    assert run.played_temperatures == [1.0]
+
+
 def test_each_environment_explores_with_its_own_epsilon():
     q_values = np.eye(6, dtype=np.float32)[[4] * 1000]
     actions = TORCH.explore(np.random.default_rng(0), np.repeat([0.0, 1.0], 500), q_values)
@@ -109,7 +128,7 @@ def test_the_coefficient_follows_the_finished_games():
 def test_a_resumed_run_keeps_the_returns_of_its_recent_games():
     state = rehearse(TORCH, 2, partial(NoGame, game_length=15, game_return=4.5)).state
     zeros = np.zeros((197, NUM_ACTIONS), np.float32)
-    teacher = linear_network(TORCH, zeros[1:], zeros[0])
+    teacher = linear_teacher(TORCH, zeros[1:], zeros[0])
     resumed = NoRun(NoGame)  # in which no game ends
     TORCH.train_online(rehearsal_args(TORCH, 2, total_timesteps=280), state, teacher, resumed)
     assert resumed.points["charts/distill_coeff"] == [(30 + 280, pytest.approx(0.75))]

@@ -14,8 +14,8 @@ import torch
 from both_scripts import DQN_JAX, DQN_TORCH, JAX, PONG_TEACHER, TORCH, run_python, use_network
 from rehearsal import tiny_args
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
-from cleanrl.qdagger_dqn_atari_impalacnn import StudentNetwork
 from cleanrl.utils.replay import memory
 
 PONG = [
@@ -134,7 +134,7 @@ TEACHER_FAULTS = {
     ),
     "part of a torch file": (write_part, "truncated"),
     "part of a flax file": (lambda path: path.write_bytes(b"\x81\xa6params\x81\xa6Conv_0"), "truncated"),
-    "another architecture": (lambda path: torch.save(StudentNetwork(6).state_dict(), path), "architecture"),
+    "another architecture": (lambda path: torch.save(nn.Linear(4, 6).state_dict(), path), "architecture"),
     "another layer": (partial(write_state_dict, extra=torch.ones(1)), "unexpected 'extra'"),
     "another dtype": (
         partial(write_state_dict, **{"network.9.bias": torch.ones(6, dtype=int)}),
@@ -169,10 +169,10 @@ def test_a_teacher_whose_return_means_nothing_for_the_coefficient_is_refused(
         ({}, ("cleanrl/PongNoFrameskip-v4-{0}-seed1", "{0}.cleanrl_model", None)),
         ({"teacher_model_exp_name": "x"}, ("cleanrl/PongNoFrameskip-v4-x-seed1", "x.cleanrl_model", None)),
         (
-            {"teacher_policy_hf_repo": "me/mine", "teacher_revision": "v1"},
-            ("me/mine", "{0}.cleanrl_model", "v1"),
+            {"teacher_policy_hf_repo": "me/PongNoFrameskip-v4-mine-seed3", "teacher_revision": "v1"},
+            ("me/PongNoFrameskip-v4-mine-seed3", "mine.cleanrl_model", "v1"),
         ),
-        ({"teacher_policy_hf_repo": "sb3/dqn-Pong"}, ("sb3/dqn-Pong", "dqn-Pong.zip", None)),
+        ({"teacher_policy_hf_repo": "me/x", "teacher_hf_file": "y.zip"}, ("me/x", "y.zip", None)),
     ],
 )
 def test_the_teacher_is_downloaded_under_its_published_name(qdagger, monkeypatch, options, expected):

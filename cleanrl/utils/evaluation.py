@@ -13,6 +13,16 @@ MAX_GAME_FRAMES = 108_000  # half an hour at 60 frames a second, the field's usu
 MAX_PARALLEL_GAMES = 16
 
 
+def acting_values(rng: np.random.Generator, q_values: np.ndarray, sampling_temperature: float) -> np.ndarray:
+    """Values (n, actions) by whose argmax a player of these Q-values acts: at temperature 0 they themselves.
+
+    Above 0 their argmax is a sample of softmax(Q / temperature): the Gumbel-max trick.
+    """
+    if not sampling_temperature:
+        return q_values
+    return q_values / sampling_temperature + rng.gumbel(size=q_values.shape)
+
+
 def evaluate(
     make_env: Callable[..., gym.Env],
     q_values: Callable[[np.ndarray], np.ndarray],
@@ -22,6 +32,7 @@ def evaluate(
     max_game_frames: int = MAX_GAME_FRAMES,
     video_folder: Path | None = None,
     before_step: Callable[[], None] = lambda: None,
+    sampling_temperature: float = 0.0,
 ) -> list[float]:
     """Plays `episodes` whole games side by side and returns their unclipped returns.
 
@@ -37,6 +48,7 @@ def evaluate(
         max_game_frames: a game ends after this many emulator frames and counts with its return so far.
         video_folder: where the first game is recorded as an mp4 file; None: nowhere.
         before_step: called before each step; what it raises ends the games.
+        sampling_temperature: see `acting_values`.
 
     Raises:
         WorkerError: an environment worker failed.
@@ -55,7 +67,8 @@ def evaluate(
             actions = rng.integers(envs.action_space.n, size=num_envs)
             greedy = playing & (rng.random(num_envs) >= epsilon)
             if greedy.any():
-                actions[greedy] = q_values(observations[greedy]).argmax(axis=1)
+                values = acting_values(rng, q_values(observations[greedy]), sampling_temperature)
+                actions[greedy] = values.argmax(axis=1)
             envs.step_async(np.where(playing, actions, IDLE))
             step = envs.step_wait()
             observations = step.observations

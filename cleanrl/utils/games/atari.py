@@ -177,3 +177,12 @@ def random_return(env_id: str, return_normalization: str) -> float:
             f"error: --return-normalization random: no random player's score is known for {env_id}; use none"
         )
     return RANDOM_SCORES[game]
+
+
+def check_teacher_return(env_id: str, return_normalization: str, teacher_return: float) -> None:
+    """Raises SystemExit with a one-line error if λ means nothing for a teacher of that return."""
+    baseline = random_return(env_id, return_normalization)
+    if teacher_return <= baseline:
+        fault = f"the teacher's mean return, {teacher_return:.2f}, is not above {baseline}: λ means nothing"
+        remedy = {"none": "--return-normalization random", "random": "a better teacher"}
+        raise SystemExit(f"error: {fault}; use {remedy[return_normalization]}")

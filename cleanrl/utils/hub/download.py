@@ -1,19 +1,22 @@
-"""Downloads one file from the Hugging Face Hub; failures come soon and say what to do."""
+"""Finds and downloads one file on the Hugging Face Hub; failures come soon and say what to do."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import (
+    HfApi,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
+    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
@@ -29,6 +32,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
+from cleanrl.utils.bounds import shown
+
 
 @dataclass
 class Advice:
@@ -41,16 +46,54 @@ class Advice:
 
 TEACHER = Advice(
     "--teacher-policy-hf-repo",
-    "--teacher-model-exp-name",
+    "--teacher-hf-file",
     "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE"
     " (cleanrl/teachers has Pong and Breakout)",
 )
 
 
-def teacher_filename(repo_id: str, exp_name: str) -> str:
-    """The name of the teacher's file in a repo; Stable-Baselines3's zoo, sb3/…, has names of its own."""
-    organization, _, name = repo_id.partition("/")
-    return f"{name}.zip" if organization == "sb3" else f"{exp_name}.cleanrl_model"
+def find_file(
+    repo_id: str, revision: str | None = None, exp_name: str = "dqn_atari", advice: Advice = TEACHER
+) -> str:
+    """The name of the file of weights in a model repo.
+
+    In a repo named {env_id}-{exp_name}-seed{n}, as CleanRL's and ours are, it is {exp_name}.cleanrl_model. In
+    another one it is what its list of files has: {exp_name}.cleanrl_model of the argument, or a zip file
+    named as the repo, as in Stable-Baselines3's zoo, or else the only file of weights that is in no folder.
+
+    Raises:
+        SystemExit: with a one-line error if the list cannot be had, or has no such file or several.
+    """
+    name = repo_id.rpartition("/")[2]
+    if published := re.fullmatch(r"[A-Za-z0-9]+NoFrameskip-v4-(.+)-seed\d+", name):
+        return f"{published[1]}.cleanrl_model"
+    try:
+        files = ask_the_hub(lambda: _list_files(repo_id, revision), silence_limit_s())
+    except Exception as error:
+        _refuse(f"list the files of {repo_id}", error, repo_id, revision, advice)
+    for usual in (f"{exp_name}.cleanrl_model", f"{name}.zip"):
+        if usual in files:
+            return usual
+    suffixes = (".cleanrl_model", ".safetensors", ".zip", ".pth", ".pt", ".msgpack")
+    candidates = [file for file in files if file.endswith(suffixes) and "/" not in file]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(shown(file) for file in candidates[:5]) or "none"
+    raise SystemExit(
+        f"error: {repo_id} does not have exactly one file of weights ({found}); name it with"
+        f" {advice.file_option}."
+    )
+
+
+def _list_files(repo_id: str, revision: str | None) -> list[str]:
+    """The files of a repo, or those in the cache if the Hub cannot be reached."""
+    try:
+        return [entry.rfilename for entry in HfApi().model_info(repo_id, revision=revision).siblings or ()]
+    except Exception:
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        raise
 
 
 def download(repo_id: str, filename: str, revision: str | None = None, advice: Advice = TEACHER) -> Path:
@@ -77,12 +120,14 @@ def download(repo_id: str, filename: str, revision: str | None = None, advice: A
             lambda: _fetch(repo_id, filename, revision), silence_limit_s(), lambda: _has_grown(cache, sizes)
         )
     except Exception as error:
-        where = f"{filename} from {repo_id}" + (f" at revision {revision}" if revision else "")
-        message = (
-            f"error: cannot download {where}: {_explain(error, repo_id, advice)}; or {advice.alternative}."
-        )
-        raise SystemExit(" ".join(message.split())) from None
+        _refuse(f"download {filename} from {repo_id}", error, repo_id, revision, advice)
     return Path(path)
+
+
+def _refuse(task: str, error: Exception, repo_id: str, revision: str | None, advice: Advice) -> NoReturn:
+    where = f" at revision {revision}" if revision else ""
+    message = f"error: cannot {task}{where}: {_explain(error, repo_id, advice)}; or {advice.alternative}."
+    raise SystemExit(" ".join(message.split())) from None
 
 
 def silence_limit_s() -> float:

@@ -1,6 +1,8 @@
-"""The options that every training script has, and which options may change when a run is resumed."""
+"""Options that training scripts share, and which options may change when a run is resumed."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from cleanrl.utils.bounds import Name, NonNegativeFloat, Seed
 
@@ -24,6 +26,8 @@ MAY_CHANGE = {
 
 @dataclass
 class RunOptions:
+    """What every training script has."""
+
     # run
     exp_name: Name
     """name of the experiment; part of the name of the run's folder"""
@@ -33,6 +37,8 @@ class RunOptions:
     """use only deterministic algorithms on a GPU"""
     cuda: bool = True
     """train on the GPU if there is one"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay buffer's frames lie; auto: on the training device if they fit, else in host memory"""
     cuda_graphs: bool = True
     """launch the kernels of a gradient step together on a GPU, as a CUDA graph"""
     track: bool = False
@@ -53,3 +59,20 @@ class RunOptions:
     """seconds between two checkpoints of the whole run; 0: only when it is stopped"""
     resume: str | None = None
     """resume the run in this folder with its options; auto: the newest unfinished one"""
+
+
+@dataclass
+class TeacherOptions(RunOptions):
+    """Where QDagger's teacher comes from, and how it plays."""
+
+    # teacher
+    teacher_policy_hf_repo: str | None = None
+    """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
+    teacher_hf_file: str | None = None
+    """its file there (default: {teacher_model_exp_name}.cleanrl_model, or the only agent there)"""
+    teacher_revision: str | None = None
+    """branch, tag or commit of that repository"""
+    teacher_model_path: Path | None = None
+    """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
+    teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
+    """by the argmax of its Q-values or by sampling from its policy; auto: an actor-critic samples"""

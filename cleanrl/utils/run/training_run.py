@@ -216,11 +216,17 @@ class TrainingRun:
                 self._envs = None
 
     def play(
-        self, name: str, compute_q_values: Callable[[np.ndarray], np.ndarray], num_games: int, step: int
+        self,
+        name: str,
+        compute_q_values: Callable[[np.ndarray], np.ndarray],
+        num_games: int,
+        step: int,
+        sampling_temperature: float = 0.0,
     ) -> list[float]:
         """The unclipped returns of whole games, played with ε = `end_e`: the same games each time.
 
-        With --capture-video the first one is recorded in the folder `name`; TensorBoard shows it at `step`.
+        Above a temperature of 0 actions are sampled from softmax(Q / temperature). With --capture-video the
+        first game is recorded in the folder `name`; TensorBoard shows it at `step`.
         """
         video_folder = self.folder / "videos" / name if self.args.capture_video else None
         if self._bar:
@@ -233,6 +239,7 @@ class TrainingRun:
             epsilon=self.args.end_e,
             video_folder=video_folder,
             before_step=self.checkpoint,
+            sampling_temperature=sampling_temperature,
         )
         if self._bar:
             self._bar.set_postfix_str("")

@@ -5,22 +5,24 @@ import os
 import pickle
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from cleanrl.utils.storage import write_durably
-from cleanrl.utils.weights.layouts import QUOTE, flatten, from_stable_baselines3
+from cleanrl.utils.weights.layouts import QUOTE, flatten
 
 SAVE_AGAIN = "download or save it again"
+MOST_ATOMS, MOST_RETURN = 1000, 1e9  # of C51's arguments that are believed
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a network's parameters by name, from a torch state dict, flax msgpack or safetensors file.
 
-    From a zip file saved by Stable-Baselines3's DQN it takes the Q-network, under our names. The content
+    From a zip file saved by Stable-Baselines3 it takes the policy, and from {"model_weights", "args"}, as
+    CleanRL saves some agents, the weights, with "atoms" if the arguments are those of C51. The content
     decides the format, not the file's name. Floating-point parameters of any width become float32, in the
     file's layout; flax's nested names are joined as in `flatten`. Nothing in the file is ever executed.
 
@@ -81,6 +83,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"error: {path} is truncated, damaged or not a torch state dict; {SAVE_AGAIN}."
         ) from None
 
+    state_dict, atoms = _open_envelope(state_dict)
     if not isinstance(state_dict, dict):
         kind = type(state_dict).__name__
         raise SystemExit(f"error: {path} holds a {kind}, not a state dict; save network.state_dict().")
@@ -91,10 +94,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 f"error: {path} is not a state dict ({QUOTE.repr(name)} is a {kind});"
                 " save network.state_dict() alone."
             )
-    if policy:
-        state_dict = from_stable_baselines3(state_dict)
     try:
-        return {
+        return atoms | {
             name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
             for name, tensor in state_dict.items()
         }
@@ -109,9 +110,20 @@ def _stable_baselines3_policy(path: Path) -> io.BytesIO | None:
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
-        if "policy.pth" not in archive.namelist():
-            return None
-        return io.BytesIO(archive.read("policy.pth"))
+        policies = [name for name in archive.namelist() if PurePosixPath(name).name == "policy.pth"]
+        return io.BytesIO(archive.read(policies[0])) if len(policies) == 1 else None
+
+
+def _open_envelope(content: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """The weights in what a file holds, and C51's "atoms" if only its arguments have them."""
+    if not isinstance(content, dict) or not isinstance(content.get("model_weights"), dict):
+        return content, {}
+    args = content.get("args")
+    match args if isinstance(args, dict) else {}:
+        case {"v_min": float() | int() as low, "v_max": float() | int() as high, "n_atoms": int() as count}:
+            if 2 <= count <= MOST_ATOMS and abs(low) < MOST_RETURN and abs(high) < MOST_RETURN:
+                return content["model_weights"], {"atoms": np.linspace(low, high, count, dtype=np.float32)}
+    return content["model_weights"], {}
 
 
 def _read_flax(path: Path) -> dict[str, np.ndarray]:
@@ -124,7 +136,8 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            weights = flatten(msgpack_restore(path.read_bytes()))
+            tree, atoms = _open_envelope(msgpack_restore(path.read_bytes()))
+            weights = flatten(tree)
     except Exception:  # ValueError, TypeError, RecursionError, KeyError …, depending on where the damage is
         raise SystemExit(
             f"error: {path} is truncated, damaged or not flax parameters; {SAVE_AGAIN}."
@@ -140,7 +153,7 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
             raise SystemExit(
                 f"error: {path}: {QUOTE.repr(name)} is of type {dtype}; save floating-point weights."
             )
-    return {name: _to_float32(array) for name, array in weights.items()}
+    return atoms | {name: _to_float32(array) for name, array in weights.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

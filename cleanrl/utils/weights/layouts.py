@@ -4,7 +4,6 @@ A layout is names and an order of axes: `network.0.weight` (out, in, height, wid
 `params/Conv_0/kernel` (height, width, in, out) in flax. Any file format may hold either.
 """
 
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -43,13 +42,6 @@ _STUDENT = _Network(
     | {"network.5": "params/Dense_0", "network.7": "params/Dense_1"},
     flattened=(32, 11, 11),
 )
-_STABLE_BASELINES3_LAYERS = {
-    "q_net.features_extractor.cnn.0": "network.0",
-    "q_net.features_extractor.cnn.2": "network.2",
-    "q_net.features_extractor.cnn.4": "network.4",
-    "q_net.features_extractor.linear.0": "network.7",
-    "q_net.q_net.0": "network.9",
-}
 
 
 def is_flax(weights: Mapping[str, Any]) -> bool:
@@ -83,18 +75,6 @@ def unflatten(weights: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
-
-
-def from_stable_baselines3(policy: Mapping[str, Any]) -> dict[str, Any]:
-    """The Q-network's parameters of a `DQNPolicy` under our names; the target network's are left out."""
-    renamed = {}
-    for name, tensor in policy.items():
-        layer, _, parameter = name.rpartition(".")
-        if layer in _STABLE_BASELINES3_LAYERS:
-            renamed[f"{_STABLE_BASELINES3_LAYERS[layer]}.{parameter}"] = tensor
-        elif not name.startswith("q_net_target."):
-            renamed[name] = tensor
-    return renamed
 
 
 def to_flax(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -142,7 +122,7 @@ def to_torch(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fit_weights(
-    weights: dict[str, np.ndarray], like: Mapping[str, Any], source: str, role: str = "teacher"
+    weights: dict[str, np.ndarray], like: Mapping[str, Any], source: str, kind: str
 ) -> dict[str, np.ndarray]:
     """Returns `weights` in the names, layout and order of `like`, a network's own parameters.
 
@@ -151,76 +131,52 @@ def fit_weights(
     """
     expected = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in like.items()}
     expected = to_flax(expected) if is_flax(weights) else to_torch(expected)
-    # Sorted: the message does not depend on the order, and the last layer stays last in every layout.
-    check_weights(weights, {name: expected[name].shape for name in sorted(expected)}, source, role)
+    # Sorted: the message does not depend on the order.
+    check_weights(weights, {name: expected[name].shape for name in sorted(expected)}, source, kind)
     fitted = to_flax(weights) if is_flax(like) else to_torch(weights)
     return {name: fitted[name] for name in like}
 
 
 def check_weights(
-    weights: dict[str, np.ndarray],
-    expected_shapes: dict[str, tuple[int, ...]],
-    source: str,
-    role: str = "teacher",
+    weights: dict[str, np.ndarray], expected_shapes: dict[str, tuple[int, ...]], source: str, kind: str
 ) -> None:
     """Checks that `weights` are finite numbers with exactly these names and shapes.
 
     Args:
         weights: the parameters.
-        expected_shapes: shapes by name; the last layer, whose width is the number of actions, comes last.
+        expected_shapes: shapes by name.
         source: where the weights come from, for the message.
-        role: which network they belong to, for the message.
+        kind: of what agent they were taken to be, for the message.
 
     Raises:
         SystemExit: with a one-line error if they are not.
     """
     missing = [name for name in expected_shapes if name not in weights]
-    unexpected = [name for name in weights if name not in expected_shapes]
-    wrong = [
-        name
+    unexpected = [QUOTE.repr(name) for name in weights if name not in expected_shapes]
+    wrong_shapes = [
+        f"{name} is {weights[name].shape}, not {tuple(shape)}"
         for name, shape in expected_shapes.items()
         if name in weights and weights[name].shape != tuple(shape)
     ]
-    if not missing and not unexpected and wrong:
-        actions = _differing_actions(weights, expected_shapes, wrong)
-        if actions:
-            raise SystemExit(
-                f"error: {source}: the {role} has {actions[0]} actions, this game has {actions[1]};"
-                f" use a {role} trained on this game."
-            )
     differences = [f"missing {_first_three(missing)}"] if missing else []
-    if unexpected:
-        differences.append(f"unexpected {_first_three([QUOTE.repr(name) for name in unexpected])}")
-    shapes = [f"{name} is {weights[name].shape}, not {tuple(expected_shapes[name])}" for name in wrong]
-    differences += [_first_three(shapes)] if shapes else []
+    differences += [f"unexpected {_first_three(unexpected)}"] if unexpected else []
+    differences += [_first_three(wrong_shapes)] if wrong_shapes else []
     if differences:
-        raise SystemExit(f"error: {source}: the architecture is not the {role}'s ({'; '.join(differences)}).")
+        raise SystemExit(
+            f"error: {source} was taken for weights of {kind}, but the architecture is another one"
+            f" ({'; '.join(differences)})."
+        )
     for name, array in weights.items():
         if array.dtype.kind != "f":
             raise SystemExit(
-                f"error: {source}: {name} of the {role} is {array.dtype}; use floating-point weights."
+                f"error: {source} holds weights of {kind} of which {name} is {array.dtype};"
+                " save floating-point weights."
             )
         if not np.isfinite(array).all():
             raise SystemExit(
-                f"error: {source}: {name} of the {role} has NaN or infinite values; use another {role}."
+                f"error: {source} holds weights of {kind} of which {name} has NaN or infinite values;"
+                " use another file."
             )
-
-
-def _differing_actions(
-    weights: dict[str, np.ndarray], expected_shapes: dict[str, tuple[int, ...]], wrong: list[str]
-) -> tuple[int, int] | None:
-    """The two numbers of actions if only the width of the last layer differs."""
-    layers = {name: re.split(r"[./]\w+$", name)[0] for name in expected_shapes}
-    last_layer = [name for name in layers if layers[name] == list(layers.values())[-1]]
-    if wrong != last_layer:
-        return None
-    differing = set()
-    for name in wrong:
-        have, want = weights[name].shape, tuple(expected_shapes[name])
-        if len(have) != len(want):
-            return None
-        differing |= {(a, b) for a, b in zip(have, want, strict=True) if a != b}
-    return differing.pop() if len(differing) == 1 else None
 
 
 def _first_three(items: list[str]) -> str:
