@@ -1,12 +1,15 @@
-"""Plays games with a trained agent of any kind, in a window or into videos.
+"""Plays games with a trained agent of any kind: in a window, into videos, or many side by side to measure it.
 
-    python cleanrl/enjoy.py --model-path cleanrl/teachers/PongNoFrameskip-v4.safetensors
-    python cleanrl/enjoy.py --hf-repo cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
+    python cleanrl/enjoy.py cleanrl/teachers/PongNoFrameskip-v4.safetensors
+    python cleanrl/enjoy.py cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
+    python cleanrl/enjoy.py runs/PongNoFrameskip-v4__dqn_atari__1__1700000000 --games 30 --json pong.json
 
 PyTorch plays it or, without PyTorch, JAX, whichever of them it was trained with.
 """
 
+import hashlib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -17,34 +20,37 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import tyro
 
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
-from cleanrl.utils.evaluation import acting_values
+from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub.download import Advice, download, find_file
 from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.storage import write_durably
 
-ADVICE = Advice("--hf-repo", "--hf-file", "play a local one with --model-path FILE")
+ADVICE = Advice("the repository", "--hf-file", "name a file or a run's folder on this machine")
 GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
 class Args:
     # agent
-    model_path: Path | None = None
-    """an agent in a local file (torch, flax, safetensors or Stable-Baselines3's zip)"""
-    hf_repo: str | None = None
-    """or its repository on the Hub"""
+    agent: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")]
+    """a file of weights of any kind, a run's folder, or a repository on the Hub (user/name)"""
     hf_file: str | None = None
-    """its file there (default: the only agent there)"""
+    """the agent's file in that repository (default: the only one there)"""
+    hf_revision: str | None = None
+    """branch, tag or commit of that repository"""
     acts: Literal["auto", "argmax", "sample"] = "auto"
     """by the argmax of its Q-values or by sampling from its policy; auto: an actor-critic samples"""
     temperature: PositiveFloat = 1.0
@@ -52,33 +58,46 @@ class Args:
 
     # game
     env_id: str | None = None
-    """the game, as {Game}NoFrameskip-v4 (default: the one in the path or the repository's name)"""
+    """the game, as {Game}NoFrameskip-v4 (default: the one in the agent's name)"""
+    repeat_action_probability: Fraction = 0.0
+    """sticky actions: probability that the game repeats the previous action"""
     games: PositiveInt = 3
     """number of games"""
     seed: NonNegativeInt = 1
     """seed of the games and of the random actions"""
     epsilon: Fraction = 0.01
     """probability of a random action"""
+
+    # output
     video_folder: Path | None = None
     """write an mp4 of each game to this folder instead of opening a window"""
+    json: Path | None = None
+    """play the games side by side, without a window, and write their returns to this file"""
 
 
-def find_model(args: Args) -> tuple[Path, str]:
+def find_agent(args: Args) -> tuple[Path, str]:
     """The file of weights, downloaded if needed, and the game.
 
     Raises:
         SystemExit: with a one-line error if there is no such file or its game is unknown.
     """
-    if (args.model_path is None) == (args.hf_repo is None):
-        raise SystemExit("error: name the model with either --model-path or --hf-repo")
-    name = args.hf_repo or args.model_path.as_posix()
-    env_id = args.env_id or next(reversed(GAME.findall(name)), None)
+    path = Path(args.agent)
+    env_id = args.env_id or next(reversed(GAME.findall(args.agent)), None)
     if env_id is None:
-        raise SystemExit(f"error: {name} does not name its game; use --env-id, as PongNoFrameskip-v4")
+        fault = f"{shown(args.agent)} does not name its game"
+        raise SystemExit(f"error: {fault}; use --env-id, as PongNoFrameskip-v4")
     count_actions(env_id)
-    if args.model_path:
-        return args.model_path, env_id
-    return download(name, args.hf_file or find_file(name, advice=ADVICE), advice=ADVICE), env_id
+    if path.is_dir():
+        models = [file for file in path.glob("*.cleanrl_model") if not file.stem.endswith("-offline")]
+        if len(models) != 1:
+            raise SystemExit(
+                f"error: {shown(path)} is not a folder of a run with one saved model; name the file itself"
+            )
+        return models[0], env_id
+    if path.exists() or not REPO.fullmatch(args.agent) or path.parts[0] == "runs":
+        return path, env_id
+    file = args.hf_file or find_file(args.agent, args.hf_revision, advice=ADVICE)
+    return download(args.agent, file, args.hf_revision, advice=ADVICE), env_id
 
 
 class Player(NamedTuple):
@@ -108,7 +127,8 @@ def load_player(args: Args, path: Path, env_id: str) -> Player:
         device = jax.devices("cpu")[0]
     settings = script.Args(teacher_model_path=path, teacher_acts=args.acts, temperature=args.temperature)
     agent = script.load_teacher(settings, count_actions(env_id), device)
-    return Player(partial(script.compute_q_values, agent), agent.sampling_temperature, script.make_env)
+    make_env = partial(script.make_env, env_id, args.repeat_action_probability)
+    return Player(partial(script.compute_q_values, agent), agent.sampling_temperature, make_env)
 
 
 def open_window(env: gym.Env) -> None:
@@ -137,19 +157,12 @@ def play(env: gym.Env, player: Player, seed: int, epsilon: float) -> float:
                 return info["episode"]["r"]
 
 
-def main(args: Args) -> None:
-    check_bounds(args)
-    path, env_id = find_model(args)
-    player = load_player(args, path, env_id)
-    if args.video_folder:
-        try:
-            args.video_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse("video_folder", args.video_folder, f"cannot be created ({error.strerror}); name another")
+def watch(args: Args, player: Player, env_id: str) -> list[float]:
+    """Plays one game after another, each in a window or into a video."""
     returns = []
     for game, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(args.games), start=1):
         with TemporaryDirectory() as scratch:
-            env = player.make_env(env_id, video_folder=Path(scratch) / "video" if args.video_folder else None)
+            env = player.make_env(video_folder=Path(scratch) / "video" if args.video_folder else None)
             if args.video_folder is None:
                 open_window(env)
             try:
@@ -158,13 +171,62 @@ def main(args: Args) -> None:
                 if "SDL" not in str(error):
                     raise
                 raise SystemExit(
-                    "error: there is no display for a window; write videos with --video-folder FOLDER"
+                    "error: there is no display for a window; use --video-folder FOLDER or --json FILE"
                 ) from None
             env.close()
             for path in Path(scratch).rglob("*.mp4"):
                 shutil.move(path, args.video_folder / f"{env_id}-game-{game}.mp4")
         print(f"game {game}: return {returns[-1]:.10g}")
-    print(f"mean return {np.mean(returns):.2f} over {args.games} games")
+    return returns
+
+
+def measure(args: Args, player: Player, env_id: str, path: Path) -> list[float]:
+    """Plays the games side by side, as the scripts' evaluations do, and writes what they scored."""
+    returns = evaluate(
+        player.make_env,
+        player.q_values,
+        args.games,
+        args.seed,
+        args.epsilon,
+        sampling_temperature=player.sampling_temperature,
+    )
+    result = {
+        "agent": args.agent,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "env_id": env_id,
+        "repeat_action_probability": args.repeat_action_probability,
+        "games": args.games,
+        "seed": args.seed,
+        "epsilon": args.epsilon,
+        "sampling_temperature": player.sampling_temperature,
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        "median": float(np.median(returns)),
+        "returns": returns,
+    }
+    write_durably(args.json, f"{json.dumps(result, indent=1)}\n".encode())
+    return returns
+
+
+def main(args: Args) -> None:
+    check_bounds(args)
+    if args.json and args.video_folder:
+        raise SystemExit("error: --json and --video-folder exclude each other")
+    path, env_id = find_agent(args)
+    player = load_player(args, path, env_id)
+    try:
+        if args.video_folder:
+            args.video_folder.mkdir(parents=True, exist_ok=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.touch()
+    except OSError as error:
+        name, place = ("json", args.json) if args.json else ("video_folder", args.video_folder)
+        refuse(name, place, f"cannot be created ({error.strerror}); name another")
+    returns = measure(args, player, env_id, path) if args.json else watch(args, player, env_id)
+    spread = f"std {np.std(returns):.2f}, median {np.median(returns):.10g}"
+    least_and_most = f"{min(returns):.10g} to {max(returns):.10g}"
+    print(f"mean return {np.mean(returns):.2f} over {args.games} games ({spread}, {least_and_most})")
 
 
 if __name__ == "__main__":

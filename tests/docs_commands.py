@@ -421,9 +421,13 @@ def check_enjoy(words: list[str]) -> None:
 
 
 def run_enjoy(words: list[str], place: Place) -> None:
-    model = ["--model-path", TEACHER] if "--model-path" in words else []
-    place.run(*words, *model, "--games", "1", "--video-folder", "played")
-    assert list(place.folder.glob("played/*.mp4"))
+    if "--json" in words:
+        place.run(*words, "--games", "2")
+        result = json.loads((place.folder / words[words.index("--json") + 1]).read_text())
+        assert len(result["returns"]) == 2
+    else:
+        place.run(*words, "--games", "1", "--video-folder", "played")
+        assert list(place.folder.glob("played/*.mp4"))
 
 
 def run_tensorboard(words: list[str], place: Place) -> None:

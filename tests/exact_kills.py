@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from both_scripts import NUM_ACTIONS, is_qdagger, linear_network, use_network
+from both_scripts import NUM_ACTIONS, is_qdagger, linear_teacher, use_network
 from resume_runs import GAME_FRAMES, PYTHONPATH, run_script, shorten, tiny_options
 
 from cleanrl.utils import evaluation
@@ -194,7 +194,7 @@ def simplify(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
     use_network(monkeypatch, script, "linear")
     if is_qdagger(script):
         kernel = np.random.default_rng(0).normal(size=(196, NUM_ACTIONS)).astype(np.float32)
-        teacher = linear_network(script, kernel, np.zeros(NUM_ACTIONS, np.float32))
+        teacher = linear_teacher(script, kernel, np.zeros(NUM_ACTIONS, np.float32))
         monkeypatch.setattr(script, "load_teacher", lambda args, num_actions, device: teacher)
     for module in (training_run, evaluation):
         monkeypatch.setattr(module, "ParallelEnvs", EnvsInThisProcess)

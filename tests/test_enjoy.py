@@ -1,5 +1,7 @@
 """cleanrl/enjoy.py: networks of every kind, whole games, and what a user can get wrong."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from safetensors.numpy import save_file
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl import enjoy
-from cleanrl.enjoy import Args, Player, find_model, main, play
+from cleanrl.enjoy import Args, Player, find_agent, main, play
+from cleanrl.utils.evaluation import evaluate
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
@@ -50,7 +53,7 @@ def write_flax(path: Path, weights: dict[str, np.ndarray]) -> Path:
 
 
 def load_player(path: Path, **options: object) -> Player:
-    return enjoy.load_player(Args(**options), path, PONG)
+    return enjoy.load_player(Args(str(path), **options), path, PONG)
 
 
 def test_a_student_of_any_width_is_played(tmp_path):
@@ -59,7 +62,7 @@ def test_a_student_of_any_width_is_played(tmp_path):
     torch.save(student.state_dict(), tmp_path / "student")
     player = load_player(tmp_path / "student")
     np.testing.assert_allclose(player.q_values(OBSERVATIONS), torch_q_values(student), rtol=1e-5)
-    assert player.make_env is torch_script.make_env
+    assert player.make_env.func is torch_script.make_env
 
 
 @pytest.mark.parametrize("layout", ["torch", "flax"])
@@ -74,7 +77,7 @@ def test_a_teacher_is_played_by_what_is_installed(tmp_path, monkeypatch, layout,
     monkeypatch.setitem(sys.modules, "jax" if installed == "torch" else "torch", None)
     player = load_player(path)
     np.testing.assert_allclose(player.q_values(OBSERVATIONS), teacher_q_values(), rtol=1e-4, atol=1e-5)
-    assert player.make_env is {"torch": torch_script, "jax": jax_script}[installed].make_env
+    assert player.make_env.func is {"torch": torch_script, "jax": jax_script}[installed].make_env
 
 
 def actor_critic(path: Path) -> Path:
@@ -126,10 +129,11 @@ def short_games(monkeypatch):
 
 @pytest.mark.slow
 def test_whole_games_are_played_recorded_and_reported(tmp_path, short_games, capsys):
-    main(Args(model_path=TEACHER, games=2, epsilon=0.5, video_folder=tmp_path))
+    main(Args(str(TEACHER), games=2, epsilon=0.5, video_folder=tmp_path))
     lines = capsys.readouterr().out.splitlines()
     returns = [float(line.removeprefix(f"game {game}: return ")) for game, line in enumerate(lines[:2], 1)]
-    assert lines[2:] == [f"mean return {np.mean(returns):.2f} over 2 games"]
+    [summary] = lines[2:]
+    assert summary.startswith(f"mean return {np.mean(returns):.2f} over 2 games (std {np.std(returns):.2f},")
     videos = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert videos.keys() == {f"{PONG}-game-1.mp4", f"{PONG}-game-2.mp4"}
     assert min(videos.values()) > 10_000
@@ -137,7 +141,7 @@ def test_whole_games_are_played_recorded_and_reported(tmp_path, short_games, cap
     # The same games, played here.
     player = load_player(TEACHER)
     for seed, expected in zip(np.random.SeedSequence(1).generate_state(2), returns, strict=True):
-        env, rng, total = player.make_env(PONG), np.random.default_rng(int(seed)), 0.0
+        env, rng, total = player.make_env(), np.random.default_rng(int(seed)), 0.0
         observation, _ = env.reset(seed=int(seed))
         ended = False
         while not ended:
@@ -166,28 +170,35 @@ def test_a_game_with_lives_is_played_until_it_is_over():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({}, "error: name the model with either --model-path or --hf-repo"),
-        ({"model_path": TEACHER, "hf_repo": "a/b"}, "error: name the model with either"),
-        ({"model_path": Path("x.safetensors")}, "error: x.safetensors does not name its game; use --env-id"),
-        ({"model_path": TEACHER, "env_id": "Pong"}, "error: --env-id Pong is not known"),
-        ({"model_path": TEACHER, "games": 0}, "error: --games 0 must be at least 1"),
-        ({"model_path": TEACHER, "seed": -1}, "error: --seed -1 must be at least 0"),
-        ({"model_path": TEACHER, "temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
-        ({"model_path": TEACHER, "epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
         (
-            {"model_path": TEACHER, "video_folder": TEACHER / "videos"},
+            {"json": Path("x"), "video_folder": Path("y")},
+            "error: --json and --video-folder exclude each other",
+        ),
+        ({"agent": "x.safetensors"}, "error: x.safetensors does not name its game; use --env-id"),
+        ({"env_id": "Pong"}, "error: --env-id Pong is not known"),
+        ({"games": 0}, "error: --games 0 must be at least 1"),
+        ({"seed": -1}, "error: --seed -1 must be at least 0"),
+        ({"temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
+        ({"epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
+        (
+            {"video_folder": TEACHER / "videos"},
             f"error: --video-folder {TEACHER / 'videos'} cannot be created (Not a directory); name another",
         ),
-        ({"model_path": Path(f"no-{PONG}")}, f"error: no-{PONG} does not exist"),
+        ({"agent": f"no-{PONG}"}, f"error: no-{PONG} does not exist"),
+        ({"agent": f"runs/{PONG}__x"}, f"error: runs/{PONG}__x does not exist"),
         (
-            {"model_path": TEACHER, "env_id": "BreakoutNoFrameskip-v4"},
+            {"agent": str(TEACHER.parent), "env_id": PONG},
+            f"error: {TEACHER.parent} is not a folder of a run with one saved model; name the file itself",
+        ),
+        (
+            {"env_id": "BreakoutNoFrameskip-v4"},
             f"error: {TEACHER} holds weights of DQN with 6 actions; this game has 4 actions: use an agent",
         ),
     ],
 )
 def test_bad_input_is_a_one_line_error(options, line):
     with pytest.raises(SystemExit) as end:
-        main(Args(**options))
+        main(Args(**{"agent": str(TEACHER)} | options))
     assert end.value.code.startswith(line)
     assert "\n" not in end.value.code
 
@@ -201,15 +212,53 @@ def test_bad_input_is_a_one_line_error(options, line):
     ],
 )
 def test_the_repo_names_its_file_and_its_game(monkeypatch, repo, options, expected):
-    monkeypatch.setattr(enjoy, "download", lambda repo_id, filename, advice: Path(repo_id, filename))
-    path, env_id = find_model(Args(hf_repo=repo, **options))
+    monkeypatch.setattr(enjoy, "download", lambda repo_id, file, revision, advice: Path(repo_id, file))
+    path, env_id = find_agent(Args(repo, **options))
     assert (path, env_id) == (Path(repo, expected[0]), expected[1])
+
+
+def test_a_runs_folder_has_its_agent_and_its_game(tmp_path):
+    folder = tmp_path / f"{PONG}__mine__1__1700000000"
+    folder.mkdir()
+    for name in ("mine.cleanrl_model", "mine-offline.cleanrl_model", "README.md"):
+        (folder / name).touch()
+    assert find_agent(Args(str(folder))) == (folder / "mine.cleanrl_model", PONG)
+    (folder / "other.cleanrl_model").touch()
+    with pytest.raises(SystemExit, match="one saved model; name the file itself"):
+        find_agent(Args(str(folder)))
+
+
+@pytest.mark.slow
+def test_an_agent_is_measured_as_the_scripts_do_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(enjoy, "evaluate", partial(evaluate, max_game_frames=400))
+    path = tmp_path / "results" / "pong.json"
+    main(Args(str(TEACHER), games=18, seed=5, epsilon=0.3, repeat_action_probability=0.25, json=path))
+    result = json.loads(path.read_text())
+    make_env = partial(torch_script.make_env, PONG, 0.25)
+    returns = evaluate(make_env, load_player(TEACHER).q_values, 18, 5, 0.3, max_game_frames=400)
+    assert result.pop("returns") == returns
+    assert len(set(returns)) > 1
+    assert result == {
+        "agent": str(TEACHER),
+        "sha256": hashlib.sha256(TEACHER.read_bytes()).hexdigest(),
+        "env_id": PONG,
+        "repeat_action_probability": 0.25,
+        "games": 18,
+        "seed": 5,
+        "epsilon": 0.3,
+        "sampling_temperature": 0.0,
+        "mean": pytest.approx(np.mean(returns)),
+        "std": pytest.approx(np.std(returns)),
+        "median": np.median(returns),
+    }
+    assert f"mean return {np.mean(returns):.2f} over 18 games" in capsys.readouterr().out
 
 
 def test_hub_errors_name_the_options_of_this_program():
     with pytest.raises(SystemExit) as end:
-        find_model(Args(hf_repo=f"a/b/{PONG}", hf_file="x"))
-    assert "check --hf-repo; or play a local one with --model-path FILE." in end.value.code
+        find_agent(Args(f"-a/{PONG}", hf_file="x"))
+    expected = "check the repository; or name a file or a run's folder on this machine."
+    assert end.value.code.endswith(expected)
     assert "teacher" not in end.value.code
 
 
@@ -226,13 +275,13 @@ def test_it_starts_from_any_folder(is_installed, tmp_path):
     variables = {"PYTHONPATH": str(ROOT)} if is_installed else {}
     help_text = start(*words, "--help", folder=tmp_path, **variables)
     assert (help_text.returncode, help_text.stderr) == (0, "")
-    assert "python cleanrl/enjoy.py --model-path cleanrl/teachers/" in " ".join(help_text.stdout.split())
+    assert "python cleanrl/enjoy.py cleanrl/teachers/" in " ".join(help_text.stdout.split())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
 @pytest.mark.parametrize("display", [{}, {"DISPLAY": ":98765"}])
 def test_without_a_display_the_error_says_what_to_do(display):
-    process = start("-m", "cleanrl.enjoy", "--model-path", str(TEACHER), "--games", "1", **display)
-    line = "error: there is no display for a window; write videos with --video-folder FOLDER\n"
+    process = start("-m", "cleanrl.enjoy", str(TEACHER), "--games", "1", **display)
+    line = "error: there is no display for a window; use --video-folder FOLDER or --json FILE\n"
     assert (process.returncode, process.stdout, process.stderr) == (1, "", line)

@@ -356,7 +356,7 @@ RECOGNISED = {
     "QR-DQN": ("QR-DQN of its contrib",),
     "actor-critic": ("PPO of Stable-Baselines3", "A2C of Stable-Baselines3", "PPO"),
     "C51": ("C51", "C51 in JAX"),
-    "Impala-CNN": ("student", "student in JAX", "wide student"),
+    "Impala-CNN": ("student", "student in JAX"),
 }
 NAMES = [(name, kind) for name, kinds in RECOGNISED.items() for kind in kinds]
 
@@ -396,11 +396,12 @@ def test_the_line_of_bad_weights_names_what_was_recognised(name, kind, script, s
         "atoms",
     )
     used = [name for name in tensors if not name.startswith(ignored)]
+    used = [*used[:2], used[len(used) // 2], *used[-2:]]
     for value in (torch.nan, torch.inf):
         for one in used:
             bad = tensors | {one: torch.full_like(tensors[one], value)}
             assert f" holds weights of {name} of which " in line(bad)
-    for one in used[1:]:
+    for one in used[1:]:  # by the first one the kind is recognised
         without = {other: tensor for other, tensor in tensors.items() if other != one}
         assert "architecture is another one (missing " in line(without)
         narrower = tensors | {one: tensors[one][..., :-1].contiguous()}

@@ -107,7 +107,7 @@ def test_the_card_has_the_real_result_and_how_to_get_it_again(failed):
     assert metric["args"] == {"games": 3}
     assert {"PongNoFrameskip-v4", "reinforcement-learning", "dqn"} <= set(yaml.safe_load(header)["tags"])
     assert f"**{mean_and_std.replace('+/-', '±')}** (standard deviation) over the 3 games" in text
-    assert f"python cleanrl/enjoy.py --hf-repo alice/{NAME}\n" in text
+    assert f"python cleanrl/enjoy.py alice/{NAME}\n" in text
     shown = [option for option in TINY if option != "--upload-model"]
     (command,) = re.findall(r"python cleanrl/dqn_atari\.py (.*)", text)
     assert sorted(command.split()) == sorted(["1.0" if option == "1" else option for option in shown])
@@ -127,14 +127,14 @@ def test_files_of_an_earlier_run_are_removed_from_the_repo_and_others_stay(faile
     assert files["notes.txt"][0] == b"mine"
     card = files["README.md"][0].decode()
     assert card == before.replace(f"alice/{NAME}", f"lab/{NAME}")
-    assert f"--hf-repo lab/{NAME}" in card
+    assert f"enjoy.py lab/{NAME}" in card
 
 
 @pytest.mark.slow
 def test_a_published_model_can_be_played(failed, server):
     uploaded = upload(failed.folder, server, "--hf-entity", "alice")
     assert uploaded.status == 0, uploaded.err
-    options = ["--hf-repo", f"alice/{NAME}", "--games", "1", "--video-folder", "videos"]
+    options = [f"alice/{NAME}", "--games", "1", "--video-folder", "videos"]
     outcome = run(failed.folder, server, "-m", "cleanrl.enjoy", *options)
     assert outcome.status == 0, outcome.err
     game, mean = outcome.out.splitlines()

@@ -109,7 +109,7 @@ def test_a_finished_run_is_uploaded_with_its_script_its_model_and_a_card(algorit
     run_folder = train(algorithm, upload_model=True)
     assert uploaded == [run_folder.name]
     repo_id = f"alice/PongNoFrameskip-v4-{name_of(algorithm)}-seed1"
-    assert f"--hf-repo {repo_id}\n" in (run_folder / "README.md").read_text("utf-8")
+    assert f"enjoy.py {repo_id}\n" in (run_folder / "README.md").read_text("utf-8")
 
 
 def test_tracking_starts_before_the_first_event_is_written(train, monkeypatch):

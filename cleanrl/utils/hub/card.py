@@ -72,7 +72,7 @@ The returns: {", ".join(f"{value:.10g}" for value in returns)}.
 In a checkout of the code that `{script.name}` is from:
 
 ```bash
-python cleanrl/enjoy.py --hf-repo {repo_id}
+python cleanrl/enjoy.py {repo_id}
 ```
 
 ## Train it again
@@ -107,7 +107,7 @@ def read_card(folder: Path) -> Card:
     try:
         card = ModelCard.load(folder / "README.md")
         name = re.escape(card.data.model_name)
-        (repo_id,) = set(re.findall(rf"--hf-repo (\S+/{name})$", card.content, re.MULTILINE))
+        (repo_id,) = set(re.findall(rf"enjoy\.py (\S+/{name})$", card.content, re.MULTILINE))
     except Exception:
         raise SystemExit(
             f"error: {folder} cannot be uploaded: it is not a finished run with --upload-model"
