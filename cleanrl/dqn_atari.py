@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,6 @@ from cleanrl.utils.run.options import RunOptions
 from cleanrl.utils.run.training_run import TrainingRun, check_services
 from cleanrl.utils.signals import exit_on_ctrl_c
 
-RECENT_GAMES = 10  # whose mean return the progress bar shows
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
 TRAINING_SEED = 1  # with --seed, what the games start from
@@ -286,7 +285,6 @@ class TrainState:
     learned_step: int = 0  # the last of these for which all learning is done
     gradient_steps: int = 0
     seconds: float = 0.0  # of training
-    recent_returns: list[float] = field(default_factory=list)  # of the last RECENT_GAMES games
 
     @property
     def device(self) -> torch.device:
@@ -380,8 +378,6 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
             state.replay.add(actions, step)
             for game in step.finished_games:
                 run.plot_game(game, state.step + game.env_index + 1)
-                state.recent_returns = [*state.recent_returns, game.episodic_return][-RECENT_GAMES:]
-                progress.set_postfix({"mean return": f"{np.mean(state.recent_returns):.1f}"}, refresh=False)
             state.step += args.num_envs
             state.seconds = time.monotonic() - start_time
             progress.update(args.num_envs)

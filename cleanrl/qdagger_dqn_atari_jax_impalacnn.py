@@ -675,7 +675,6 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
             for game in step.finished_games:
                 run.plot_game(game, args.offline_steps + state.online_step + game.env_index + 1)
                 state.recent_returns = [*state.recent_returns, game.episodic_return][-RECENT_GAMES:]
-                progress.set_postfix({"mean return": f"{np.mean(state.recent_returns):.1f}"}, refresh=False)
             state.online_step += args.num_envs
             state.online_seconds = time.monotonic() - start_time
             progress.update(args.num_envs)

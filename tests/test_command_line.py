@@ -134,6 +134,12 @@ def test_a_checkpoints_own_options_are_checked_as_if_they_were_typed(monkeypatch
 def test_what_is_only_odd_gets_a_warning(capsys):
     check_arguments(QDaggerArgs(total_timesteps=100, learning_starts=100))
     assert "--learning-starts 100 is not below --total-timesteps 100: nothing" in capsys.readouterr().err
+    check_arguments(QDaggerArgs(total_timesteps=1500, learning_starts=0, num_envs=8))
+    assert (
+        "--total-timesteps 1500 is rounded up to 1504, a multiple of --num-envs 8" in capsys.readouterr().err
+    )
+    check_arguments(QDaggerArgs(num_envs=8))
+    assert capsys.readouterr().err == ""
 
 
 def test_options_are_described_by_the_comments_and_docstrings_of_the_source():

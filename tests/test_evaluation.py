@@ -108,6 +108,18 @@ def test_a_bounded_game_of_pong_is_recorded_without_a_warning(tmp_path, capfd):
     assert videos[0].stat().st_size > 10_000
 
 
+def test_it_says_how_far_it_has_come():
+    said = []
+    returns = evaluate(
+        CountingGame, prefer_one, 20, seed=0, epsilon=0.0, after_step=lambda *so_far: said.append(so_far)
+    )
+    steps, games = np.transpose(said)
+    assert steps[-1] == sum(returns)  # each step is worth 1
+    assert games[-1] == 20
+    assert (np.diff(games) >= 0).all()
+    assert ((np.diff(steps) >= 1) & (np.diff(steps) <= 16)).all()
+
+
 def test_above_a_temperature_of_0_actions_are_samples_of_the_policy():
     """ln 3 apart at temperature 1, the second action is three times as likely."""
     q_values = np.array([[0.0, np.log(3)], [5.0, 5.0], [0.0, -200.0]], np.float32)

@@ -20,10 +20,10 @@ from replays import make_replay
 from torch import nn
 
 from cleanrl.dqn_atari import make_env
-from cleanrl.utils.games.parallel_envs import WorkerError
+from cleanrl.utils.games.parallel_envs import FinishedGame, WorkerError
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.run import training_run
+from cleanrl.utils.run import progress, training_run
 from cleanrl.utils.run.checkpoint import newest_checkpoint
 from cleanrl.utils.run.folders import manifests
 from cleanrl.utils.run.options import RunOptions
@@ -216,6 +216,49 @@ def test_a_run_that_fails_says_how_to_resume_it(fault, line):
     assert not list(run.folder.glob("*.cleanrl_model"))  # nothing was learned
     run = start()
     assert exit_code(run, run.checkpoint, fail) == f"{line}; resume it with --resume {run.folder}"
+
+
+def test_the_end_says_what_came_of_it_also_after_a_resumption(capsys, monkeypatch):
+    evaluations = iter([[19.0, 20.0], [-3.0, 4.0], [15.0, 16.0]])
+
+    def evaluate(*_: Any, after_step: Callable[[int, int], None], **__: Any) -> list[float]:
+        after_step(400, 0)
+        after_step(800, 2)
+        return next(evaluations)
+
+    monkeypatch.setattr(training_run, "evaluate", evaluate)
+    monkeypatch.setattr(Args, "end_e", 0.0, raising=False)
+    with killed_run() as run:
+        run.play("teacher", np.zeros, 2, 0)
+        run.play("offline-10", np.zeros, 2, 10)
+        run.checkpoint()
+    assert "offline evaluation: 100% 2/2 [" in capsys.readouterr().err
+    with start(resume=str(run.folder)) as resumed:
+        resumed.save_model(resumed.state.network)
+        resumed.finish(resumed.play("final", np.zeros, 2, 20))
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "final evaluation: mean return 15.50 over 2 games (teacher 19.50, offline 0.50)",
+        f"model: {run.folder}/test.cleanrl_model",
+        f"watch it play: python cleanrl/enjoy.py {run.folder}",
+        "curves: tensorboard --logdir runs",
+    ]
+    with start(save_model=False) as unsaved:
+        unsaved.finish([1.0])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "final evaluation: mean return 1.00 over 1 games",
+        "curves: tensorboard --logdir runs",
+    ]
+
+
+def test_the_progress_bar_shows_the_newest_return_and_coefficient(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    with start() as run, run.progress("online", 0, 10, "steps") as bar:
+        for game_return, coefficient in ((-21.0, 1.0), (-19.0, 0.75)):
+            run.plot_game(FinishedGame(0, game_return, 1000), step=1)
+            run.plot({"charts/distill_coeff": coefficient}, step=1)
+        run.plot({}, step=1)  # which reads what was plotted before
+        bar.update(5)
+        assert capsys.readouterr().err.splitlines()[-1].endswith("return=-19, λ=0.75]")
 
 
 def test_a_finished_run_has_its_results_and_no_checkpoints(capsys):

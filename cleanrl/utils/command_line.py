@@ -134,6 +134,12 @@ def check_arguments(args: Any) -> None:
         )
     if getattr(args, "return_normalization", "none") == "random":
         random_return(args.env_id, "random")  # refuses a game whose random player's return is unknown
+    for option in ("total_timesteps", "teacher_steps"):
+        steps = getattr(args, option, 0)
+        if steps % args.num_envs:
+            rounded = steps + -steps % args.num_envs
+            name = option.replace("_", "-")
+            warn(f"--{name} {steps} is rounded up to {rounded}, a multiple of --num-envs {args.num_envs}")
     if args.learning_starts >= args.total_timesteps:
         warn(
             f"--learning-starts {args.learning_starts} is not below --total-timesteps "

@@ -32,6 +32,7 @@ def evaluate(
     max_game_frames: int = MAX_GAME_FRAMES,
     video_folder: Path | None = None,
     before_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[int, int], None] = lambda num_steps, num_games: None,
     sampling_temperature: float = 0.0,
 ) -> list[float]:
     """Plays `episodes` whole games side by side and returns their unclipped returns.
@@ -48,6 +49,7 @@ def evaluate(
         max_game_frames: a game ends after this many emulator frames and counts with its return so far.
         video_folder: where the first game is recorded as an mp4 file; None: nowhere.
         before_step: called before each step; what it raises ends the games.
+        after_step: called after each step with the environment steps and the finished games so far.
         sampling_temperature: see `acting_values`.
 
     Raises:
@@ -56,6 +58,7 @@ def evaluate(
     num_envs = min(episodes, MAX_PARALLEL_GAMES)
     games_left = np.array([len(range(env, episodes, num_envs)) for env in range(num_envs)])
     returns: list[list[float]] = [[] for _ in range(num_envs)]
+    num_steps = 0
     rng = np.random.default_rng(seed)
     make_env = partial(make_env, max_game_frames=max_game_frames)
     env_fns = [partial(make_env, video_folder=video_folder if env == 0 else None) for env in range(num_envs)]
@@ -75,4 +78,6 @@ def evaluate(
             for game in step.finished_games:
                 returns[game.env_index].append(game.episodic_return)
                 games_left[game.env_index] -= 1
+            num_steps += int(playing.sum())
+            after_step(num_steps, episodes - int(games_left.sum()))
     return [returns[game % num_envs][game // num_envs] for game in range(episodes)]

@@ -7,7 +7,7 @@ from pathlib import Path
 STARTED = "--- started"  # the beginning of the log's first line of each start
 TAIL_BYTES = 16 * 1024  # the end of a log in which its last line is looked for
 PROGRESS = re.compile(
-    r"(?P<phase>.*?): +(?P<percent>\d+%)\|.*\[[^<]*<(?P<left>[^,]+), *(?P<speed>[^,\]]+)(, (?P<more>.*))?\]$"
+    r"(?P<phase>.*?): +(?P<percent>\d+%).*\[[^<]*<(?P<left>[^,]+), *(?P<speed>[^,\]]+)(, (?P<more>.*))?\]$"
 )
 
 

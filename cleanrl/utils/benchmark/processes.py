@@ -17,13 +17,12 @@ from cleanrl.utils.run.folders import runs_named
 from cleanrl.utils.signals import STOP_SIGNALS, name_of
 
 POLL_S = 0.5
-PROGRESS_INTERVAL_S = 2  # between tqdm's lines, which all go into the log: 10 a second are 90 MB a day
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "PJRT_NPROC")  # of PyTorch, NumPy and OpenCV; of XLA
 
 
 def run_environment(cores: int | None) -> dict[str, str]:
     """Variables for a run that may use so many cores (None: all); what the user has set stays."""
-    defaults = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": str(PROGRESS_INTERVAL_S)}
+    defaults = {"PYTHONUNBUFFERED": "1"}
     if cores is not None:
         defaults |= dict.fromkeys(THREAD_VARIABLES, str(cores))
     return {name: os.environ.get(name, value) for name, value in defaults.items()}

@@ -3,6 +3,7 @@
 TEACHER_RETURN = "charts/teacher/avg_episodic_return"
 OFFLINE_RETURN = "charts/offline/avg_episodic_return"
 EPISODIC_RETURN = "charts/episodic_return"
+DISTILL_COEFF = "charts/distill_coeff"
 EPSILON = "charts/epsilon"
 EVALUATION_RETURN = "eval/episodic_return"
 
@@ -18,7 +19,7 @@ TAGS = {
     "losses/td_loss": "TD loss",
     "losses/distill_loss": "distillation loss",
     "losses/q_values": "mean of Q(s, a) over the batch",
-    "charts/distill_coeff": "distillation coefficient λ",
+    DISTILL_COEFF: "distillation coefficient λ",
     EPSILON: "ε",
     "charts/SPS": "environment steps per second",
     EVALUATION_RETURN: "return of each game of the final evaluation, over the game's number",
@@ -32,7 +33,7 @@ CHARTS = {  # TensorBoard's page "Custom Scalars": sections, their charts, each 
         "sum": ["charts/offline/loss", "losses/loss"],
         "mean of Q(s, a)": ["losses/q_values"],
     },
-    "λ and ε": {"distillation coefficient λ": ["charts/distill_coeff"], "ε": [EPSILON]},
+    "λ and ε": {"distillation coefficient λ": [DISTILL_COEFF], "ε": [EPSILON]},
     "speed": {"environment steps per second": ["charts/SPS"]},
 }
 DQN_CHARTS = {

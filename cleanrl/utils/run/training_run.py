@@ -19,7 +19,7 @@ from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import check_upload, upload
-from cleanrl.utils.run.charts import CHARTS, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
+from cleanrl.utils.run.charts import CHARTS, DISTILL_COEFF, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
 from cleanrl.utils.run.checkpoint import (
     OTHER_VERSION_REMEDY,
     Checkpoint,
@@ -30,7 +30,9 @@ from cleanrl.utils.run.checkpoint import (
 from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import MAY_CHANGE
+from cleanrl.utils.run.progress import ProgressBar
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
+from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import check_tracking, start_tracking
 from cleanrl.utils.signals import Stopped, StopSignals
 from cleanrl.utils.storage import DamagedError
@@ -92,12 +94,13 @@ class TrainingRun:
             newest_checkpoint(self.folder)  # says why there is none
         self._lock = lock_run(self.folder)
         self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
+        self._mean_returns: dict[str, float] = {}  # of the newest evaluation of the teacher, offline, final
         resumed = self._resume() if args.resume else None
         self._checkpoints = CheckpointWriter(self.folder, resumed)
         self._next_checkpoint = 0.0  # the first one is due at once
         self._make_game = partial(make_env, args.env_id, args.repeat_action_probability)
         self._envs: ParallelEnvs | None = None  # while they are open
-        self._bar: tqdm | None = None
+        self._bar: ProgressBar | None = None  # the last one
         self._unread: list[tuple[int, dict[str, Any]]] = []  # of `plot`: a step and its values
         mirror = None
         if args.track:
@@ -134,6 +137,7 @@ class TrainingRun:
         for name in resumed.replays:
             resumed.restore_replay(name, getattr(self.state, name))
         self._saved_games = saved["games"]
+        self._mean_returns = saved.get("mean_returns", {})
         cut_events(self.folder, resumed)
         return resumed
 
@@ -192,7 +196,7 @@ class TrainingRun:
                 games = self._saved_games
                 if self._envs:
                     games = self._games_seed, self._envs.get_states()
-                state = {"state": capture(self.state), "games": games}
+                state = {"state": capture(self.state), "games": games, "mean_returns": self._mean_returns}
                 self._checkpoints.save(self.script.stem, self.options, state, replays_of(self.state))
             self._next_checkpoint = time.monotonic() + self.args.checkpoint_interval
         if stop is not None:
@@ -228,38 +232,34 @@ class TrainingRun:
         Above a temperature of 0 actions are sampled from softmax(Q / temperature). With --capture-video the
         first game is recorded in the folder `name`; TensorBoard shows it at `step`.
         """
+        player = name.partition("-")[0]
         video_folder = self.folder / "videos" / name if self.args.capture_video else None
-        if self._bar:
-            self._bar.set_postfix_str("playing games")
-        returns = evaluate(
-            self._make_game,
-            compute_q_values,
-            num_games,
-            seed=(self.args.seed, EVALUATION_SEED),
-            epsilon=self.args.end_e,
-            video_folder=video_folder,
-            before_step=self.checkpoint,
-            sampling_temperature=sampling_temperature,
-        )
-        if self._bar:
-            self._bar.set_postfix_str("")
+        with ProgressBar(f"{player} evaluation", 0, num_games, "games", passing=True) as progress:
+            returns = evaluate(
+                self._make_game,
+                compute_q_values,
+                num_games,
+                seed=(self.args.seed, EVALUATION_SEED),
+                epsilon=self.args.end_e,
+                video_folder=video_folder,
+                before_step=self.checkpoint,
+                after_step=progress.reach,
+                sampling_temperature=sampling_temperature,
+            )
+        self._mean_returns[player] = float(np.mean(returns))
         for path in video_folder.glob("*.mp4") if video_folder else ():
             try:
-                self.writer.add_animation(f"videos/{name.partition('-')[0]}", *animate(path), step)
+                self.writer.add_animation(f"videos/{player}", *animate(path), step)
             except OSError:
                 self.say(f"warning: {path} is damaged, and not shown in TensorBoard")
         return returns
 
     # ----------------------------------------------------------------------------------------- curves
 
-    @contextmanager
-    def progress(self, name: str, done: int, total: int, unit: str) -> Iterator[tqdm]:
-        """A progress bar for `total` of a `unit`, of which some are `done`."""
-        with tqdm(total=total, initial=done, desc=name, unit=f" {unit}") as self._bar:
-            try:
-                yield self._bar
-            finally:
-                self._bar = None
+    def progress(self, name: str, done: int, total: int, unit: str) -> ProgressBar:
+        """A bar for `total` of a `unit`, of which some are `done`; it also shows the newest return and λ."""
+        self._bar = ProgressBar(name, done, total, unit)
+        return self._bar
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -284,6 +284,8 @@ class TrainingRun:
         """Adds a finished game to the curves."""
         self.writer.add_scalar(EPISODIC_RETURN, game.episodic_return, step)
         self.writer.add_scalar("charts/episodic_length", game.episodic_length, step)
+        if self._bar:
+            self._bar.show("return", game.episodic_return)
 
     def _write_values(self) -> None:
         unread, self._unread = self._unread, []
@@ -293,6 +295,8 @@ class TrainingRun:
                 if tag.endswith("loss") and not math.isfinite(number):
                     raise SystemExit(f"error: {tag} is {number} at step {step}; try a lower --learning-rate")
                 self.writer.add_scalar(tag, number, step)
+                if tag == DISTILL_COEFF and self._bar:
+                    self._bar.show("λ", number)
 
     # ---------------------------------------------------------------------------------------- results
 
@@ -308,7 +312,7 @@ class TrainingRun:
 
     def finish(self, returns: Sequence[float]) -> None:
         """Takes the returns of the final evaluation's games."""
-        self._final_returns = returns
+        self._final_returns, self._mean_returns["final"] = returns, float(np.mean(returns))
         for game, episodic_return in enumerate(returns):
             self.plot({EVALUATION_RETURN: episodic_return}, game)
-        self.say(f"final evaluation: mean return {np.mean(returns):.2f} over {len(returns)} games")
+        self.say(summary(self.args, self.folder, len(returns), self._mean_returns))
