@@ -14,39 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-import cv2
-import gymnasium as gym
-import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from torch import Tensor, nn
-
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_arguments, parse_arguments
-from cleanrl.utils.evaluation import MAX_GAME_FRAMES
-from cleanrl.utils.games.atari import count_actions
-from cleanrl.utils.games.statistics import EpisodeStatistics
-from cleanrl.utils.games.video import RecordGame
-from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device
-from cleanrl.utils.replay.frames_torch import TorchFrames
-from cleanrl.utils.replay.memory import plan_replay
-from cleanrl.utils.replay.ring import Batch, ReplayBuffer
-from cleanrl.utils.replay.saved_replay import check_new_folder, save_replay
-from cleanrl.utils.run.charts import DQN_CHARTS
 from cleanrl.utils.run.options import RunOptions
-from cleanrl.utils.run.training_run import TrainingRun, check_services
 from cleanrl.utils.signals import exit_on_ctrl_c
-
-LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
-CHART_INTERVAL = 1000  # environment steps between two points of the other curves
-TRAINING_SEED = 1  # with --seed, what the games start from
-
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -92,6 +66,37 @@ class Args(RunOptions):
     """games in the evaluation at the end"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, for QDagger's --teacher-replay-path"""
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    exit_on_ctrl_c()
+    ARGS = check_arguments(parse_arguments(Args))
+
+# PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from cleanrl.utils.evaluation import MAX_GAME_FRAMES
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.statistics import EpisodeStatistics
+from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device
+from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.replay.memory import plan_replay
+from cleanrl.utils.replay.ring import Batch, ReplayBuffer
+from cleanrl.utils.replay.saved_replay import check_new_folder, save_replay
+from cleanrl.utils.run.charts import DQN_CHARTS
+from cleanrl.utils.run.training_run import TrainingRun, check_services
+
+LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
+CHART_INTERVAL = 1000  # environment steps between two points of the other curves
+TRAINING_SEED = 1  # with --seed, what the games start from
 
 
 # ------------------------------------------------------------------------------------------- environment
@@ -416,7 +421,6 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
-    check_arguments(args)
     check_services(args)
     device = choose_device(args)
     if args.save_replay:
@@ -424,7 +428,6 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
 
     with TrainingRun(args, Path(__file__), state, make_env, model="q_network", charts=DQN_CHARTS) as run:
-        run.say(f"training on {device}")
         train(args, state, run)
         run.save_model(state.q_network)
         q_values = partial(compute_q_values, state.q_network)
@@ -434,5 +437,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
-    main(parse_arguments(Args))
+    main(ARGS)

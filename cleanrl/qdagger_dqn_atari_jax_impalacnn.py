@@ -15,43 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import cv2
-import flax.linen as nn
-import gymnasium as gym
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import struct
-from jax import Array, lax
-from numpy.typing import ArrayLike
-
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import check_arguments, parse_arguments
-from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
-from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
-from cleanrl.utils.games.statistics import EpisodeStatistics
-from cleanrl.utils.games.video import RecordGame
-from cleanrl.utils.gpu_jax import choose_device
-from cleanrl.utils.hub.download import download, find_file
-from cleanrl.utils.replay.frames_jax import JaxFrames, padded
-from cleanrl.utils.replay.memory import plan_replays
-from cleanrl.utils.replay.ring import Batch, ReplayBuffer
-from cleanrl.utils.replay.saved_replay import load_replay
 from cleanrl.utils.run.options import TeacherOptions
-from cleanrl.utils.run.training_run import TrainingRun, check_services
 from cleanrl.utils.signals import exit_on_ctrl_c
-from cleanrl.utils.weights.agents import read_agent
-from cleanrl.utils.weights.layouts import flatten, unflatten
-
-RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
-LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
-CHART_INTERVAL = 1000  # environment steps between two points of the other curves
-FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, what the games of a phase start from
-
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -131,6 +101,41 @@ class Args(TeacherOptions):
     """t0, the online environment step at which distillation ends (the paper: 1.5M; default: never)"""
     return_normalization: Literal["none", "random"] = "none"
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    exit_on_ctrl_c()
+    ARGS = check_arguments(parse_arguments(Args))
+
+import cv2
+import flax.linen as nn
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array, lax
+from numpy.typing import ArrayLike
+
+from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
+from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
+from cleanrl.utils.games.statistics import EpisodeStatistics
+from cleanrl.utils.games.video import RecordGame
+from cleanrl.utils.gpu_jax import choose_device
+from cleanrl.utils.hub.download import download, find_file
+from cleanrl.utils.replay.frames_jax import JaxFrames, padded
+from cleanrl.utils.replay.memory import plan_replays
+from cleanrl.utils.replay.ring import Batch, ReplayBuffer
+from cleanrl.utils.replay.saved_replay import load_replay
+from cleanrl.utils.run.training_run import TrainingRun, check_services
+from cleanrl.utils.weights.agents import read_agent
+from cleanrl.utils.weights.layouts import flatten, unflatten
+
+RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
+LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
+CHART_INTERVAL = 1000  # environment steps between two points of the other curves
+FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, what the games of a phase start from
 
 
 # ------------------------------------------------------------------------------------------- environment
@@ -718,14 +723,12 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
-    check_arguments(args)
     check_services(args)
     device = choose_device(args)
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
     with TrainingRun(args, Path(__file__), state, make_env, model="student") as run:
-        run.say(f"training on {device}")
         if state.teacher_return is None:
             run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)
@@ -752,5 +755,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
-    main(parse_arguments(Args))
+    main(ARGS)

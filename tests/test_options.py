@@ -7,7 +7,7 @@ import sys
 import typing
 
 import pytest
-from both_scripts import is_qdagger, name_of
+from both_scripts import is_qdagger, name_of, run_python
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
 from cleanrl.utils.command_line import check_arguments, describe_options
@@ -142,3 +142,20 @@ def test_every_script_refuses_a_name_that_files_should_not_have(script):
     """Which names these are: test_command_line.py."""
     with pytest.raises(SystemExit, match=r"^error: --exp-name a/b must be at most 100 letters, "):
         check_arguments(script.Args(exp_name="a/b"))
+
+
+@pytest.mark.parametrize("words", ["--help", "--batch-size 0", "--env-id X", "--bogus", "--resume nowhere"])
+def test_options_are_answered_without_importing_a_framework(script, words, tmp_path):
+    """Which takes seconds."""
+    code = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert not {"torch", "jax", "flax", "cv2", "tensorboard"} & sys.modules.keys()
+    print("status", stop.code if isinstance(stop.code, int) else 1)
+"""
+    status, output, _ = run_python(tmp_path, "-c", code, script.__file__, *words.split())
+    assert status == 0
+    assert output.endswith({"--help": "status 0\n", "--bogus": "status 2\n"}.get(words, "status 1\n"))

@@ -20,7 +20,7 @@ from cleanrl.utils.replay import memory
 
 PONG = [
     "--env-id", "PongNoFrameskip-v4", "--buffer-size", "10", "--batch-size", "4", "--learning-starts", "10",
-    "--total-timesteps", "100",
+    "--total-timesteps", "104",
 ]  # fmt: skip
 TEACHER = ["--teacher-model-path", str(PONG_TEACHER)]
 
@@ -36,7 +36,7 @@ def refusal(tmp_path, monkeypatch, capsys):
             use_network(monkeypatch, script, "number")
             monkeypatch.setattr(sys, "argv", [script.__file__, *options])
             with pytest.raises(SystemExit) as stop:
-                script.main(script.parse_arguments(script.Args))
+                script.main(script.check_arguments(script.parse_arguments(script.Args)))
             assert capsys.readouterr().err == ""
             assert set(tmp_path.iterdir()) == files
             lines.append(stop.value.code)

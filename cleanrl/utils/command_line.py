@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 import tyro
 
 from cleanrl.utils.bounds import Bounds, NameRule, shown
-from cleanrl.utils.games.atari import random_return
+from cleanrl.utils.games.atari import count_actions, random_return
 from cleanrl.utils.run.checkpoint import saved_options
 from cleanrl.utils.run.folders import newest_unfinished_run, unfinished_runs
 
@@ -114,12 +114,13 @@ def check_bounds(args: Any) -> None:
                     refuse(name, value, f"must be {bounds}")
 
 
-def check_arguments(args: Any) -> None:
-    """Checks a training script's options, each by itself and those that depend on each other.
+def check_arguments(args: Args) -> Args:
+    """Returns a training script's options if they make sense, each by itself and together.
 
     Raises:
         SystemExit: with a one-line error that names the option, its value and what it must be.
     """
+    count_actions(args.env_id)  # refuses what is no game
     check_bounds(args)
     if args.batch_size > args.buffer_size:
         refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
@@ -145,6 +146,7 @@ def check_arguments(args: Any) -> None:
             f"--learning-starts {args.learning_starts} is not below --total-timesteps "
             f"{args.total_timesteps}: nothing will be learned online"
         )
+    return args
 
 
 def refuse(option: str, value: object, demand: str) -> NoReturn:

@@ -64,6 +64,7 @@ def _plan(
     def the_frames() -> Frames:  # only one of the buffers has them at a time
         return frames_type(max(buffer.num_envs * buffer.num_slots for buffer in buffers), frames_device)
 
+    print(f"training on {device}")
     buffers = [ReplayBuffer(*size, lambda num_slots: the_frames(), **settings) for size in sizes]
     largest = max(buffers, key=lambda buffer: buffer.num_bytes)
     place = place_replay_buffer(

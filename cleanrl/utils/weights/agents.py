@@ -4,7 +4,7 @@ Each kind but the Impala-CNN has the hidden layers of the DQN network (Mnih et a
 the last layer says of an action. `docs/teachers.md` lists them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,9 +97,12 @@ class Agent:
         weight = self.weights.get(layer)
         return weight.shape[axis] if weight is not None and weight.ndim == 2 else 256
 
-    def fit(self, like: Mapping[str, Any]) -> Weights:
-        """The weights in the names, layout and order of `like`: see `fit_weights`."""
-        return fit_weights(self.weights, like, self.source, self.kind)
+    def fit(
+        self, like: Mapping[str, Any], convert: Callable[[np.ndarray], Any] = np.asarray
+    ) -> dict[str, Any]:
+        """The weights in the names, layout and order of `like`, converted: see `fit_weights`."""
+        fitted = fit_weights(self.weights, like, self.source, self.kind)
+        return {name: convert(array) for name, array in fitted.items()}
 
 
 def read_agent(path: Path, num_actions: int) -> Agent:
