@@ -498,6 +498,7 @@ RULES = [
     Rule(r"python cleanrl/\w+\.py\b.*", check_script, run_script),
     Rule(r"python -m cleanrl\.utils\.benchmark\b.*", check_many_runs, run_many_runs),
     Rule(r"python -m cleanrl\.utils\.report\b.*", anything, run_report),
+    Rule(r"sbatch docs/examples/slurm\.sh", anything, None, "tests/test_slurm.py tries it"),
     Rule(r"python -m cleanrl\.utils\.hub\.publish\b.*", check_publish, None, "it needs a finished run"),
     Rule(r"tensorboard .*", anything, run_tensorboard),
     Rule(r"mkdocs serve", anything, run_mkdocs_serve),

@@ -4,7 +4,7 @@ python tests/gpu_check.py [--json FILE] [--seconds 470] [--device cpu] [--parts 
 
 Needs, beside this repository: torch and jax with CUDA (any version near those of pyproject.toml), flax,
 optax, gymnasium, ale-py, numpy, opencv-python-headless, stable-baselines3 (the baseline), tyro, tqdm,
-tensorboard, psutil, filelock, safetensors, zstandard, huggingface-hub and moviepy.
+tensorboard, psutil, filelock, safetensors, zstandard, huggingface-hub, imageio-ffmpeg and pillow.
 
 Each part is a process of its own with a time limit of its own, and prints a line of JSON as soon as it ends;
 one that fails says why and ends no other. The last part trains dqn_atari.py on Pong for the rest of the time.

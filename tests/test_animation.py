@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from moviepy import ImageSequenceClip, VideoFileClip
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from cleanrl.utils.games.animation import animate
 
@@ -13,7 +13,10 @@ WIDTH, HEIGHT = 160, 210
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> Path:
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 30, (WIDTH, HEIGHT))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
     return path
 
 
@@ -25,11 +28,11 @@ def frame_with_square(column: int, visible: bool = True) -> np.ndarray:
 
 
 def pictures(gif: bytes, folder: Path) -> np.ndarray:
-    """(n, height, width, 3) as ffmpeg decodes them."""
+    """(n, height, width, 3)"""
     path = folder / "animation.gif"
     path.write_bytes(gif)
-    with VideoFileClip(str(path), audio=False) as clip:
-        return np.stack(list(clip.iter_frames()))
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
 def test_one_half_sized_picture_for_four_frames_at_the_consoles_speed(tmp_path):

@@ -342,6 +342,18 @@ def test_commands_in_the_docs_are_accepted(command, monkeypatch):
         tyro.cli(script.Args, args=plan.words(None)[2:])
 
 
+def test_names_of_lists_stand_for_their_games():
+    args = Args(env_ids=("atari5", "PongNoFrameskip-v4"), command=("python cleanrl/dqn_atari.py",))
+    check(args)
+    games = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert", "Pong")
+    assert args.env_ids == tuple(f"{game}NoFrameskip-v4" for game in games)
+    args = Args(env_ids=("atari57",), command=("python cleanrl/dqn_atari.py",))
+    check(args)  # each of them is known
+    assert len(set(args.env_ids)) == 56  # without Surround
+    with pytest.raises(SystemExit, match="NoFrameskip-v4 is named 2 times"):
+        check(Args(env_ids=("atari5", "atari57"), command=("python cleanrl/dqn_atari.py",)))
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Args), ids=lambda field: field.name)
 def test_every_option_is_in_the_docs_with_its_default(field):
     (row,) = re.findall(rf"^\| `--{field.name.replace('_', '-')}` .*$", PAGE, re.M)

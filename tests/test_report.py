@@ -178,7 +178,7 @@ def test_no_usable_run(tmp_path, capsys):
     assert error_of().startswith("error: name at least one folder of runs")
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "rliable"])
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
 def test_a_missing_package(one_run, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     error = error_of(one_run, "--output", tmp_path / "report")

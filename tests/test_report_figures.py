@@ -80,7 +80,7 @@ def test_improvement_probability():
     assert improvement_probability(y, x) == 1.5 / 4
     assert improvement_probability(x, x) == 0.5
     another_game = np.array([5.0]), np.array([7.0, 9.0, 5.0])
-    assert improvement_probability(x, y, *another_game) == (2.5 / 4 + 0.5 / 3) / 2
+    assert improvement_probability(x, y, *another_game) == pytest.approx((2.5 / 4 + 0.5 / 3) / 2)
 
 
 def test_intervals():

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import gymnasium as gym
 import numpy as np
-from moviepy import VideoFileClip
+import psutil
 from traced_memory import peak_memory
 
 from cleanrl.utils.games.video import RecordGame
@@ -30,6 +31,14 @@ class Flicker(gym.Env):
         return np.full((HEIGHT, WIDTH, 3), self.steps, np.uint8)
 
 
+def read_video(path: Path) -> tuple[list[np.ndarray], float]:
+    """Its frames and how many a second, as OpenCV reads them."""
+    video, frames = cv2.VideoCapture(str(path)), []
+    while (result := video.read())[0]:
+        frames.append(result[1])
+    return frames, video.get(cv2.CAP_PROP_FPS)
+
+
 def play(env: gym.Env, games: int) -> None:
     for _ in range(games):
         env.reset()
@@ -42,9 +51,10 @@ def play(env: gym.Env, games: int) -> None:
 def test_every_frame_of_the_first_game_and_no_other_at_the_consoles_speed(tmp_path):
     play(RecordGame(Flicker(), tmp_path / "videos"), games=2)
     (path,) = tmp_path.glob("videos/*")
-    with VideoFileClip(str(path), audio=False) as clip:
-        greys = [frame.mean() for frame in clip.iter_frames()]
-        assert clip.fps == 60
+    frames, frames_per_s = read_video(path)
+    greys = [frame.mean() for frame in frames]
+    assert frames[0].shape == (HEIGHT, WIDTH, 3)
+    assert frames_per_s == 60
     assert path.name == "game.mp4"
     np.testing.assert_allclose(greys, np.arange(GAME_LENGTH + 1), atol=3)  # compression loses a little
 
@@ -67,8 +77,9 @@ def test_memory_does_not_grow_with_the_game(tmp_path):
 def test_a_game_continues_without_its_video(tmp_path, capfd):
     env = RecordGame(Flicker(), tmp_path)
     env.reset()
-    env.writer.proc.kill()
-    env.writer.proc.wait()
+    (encoder,) = [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+    encoder.kill()
+    encoder.wait()
     while not env.step(0)[2]:
         pass
     env.close()
@@ -82,5 +93,4 @@ def test_a_game_that_is_not_finished_leaves_a_video_that_can_be_played(tmp_path)
     for _ in range(30):
         env.step(0)
     env.close()
-    with VideoFileClip(str(tmp_path / "game.mp4"), audio=False) as clip:
-        assert sum(1 for _ in clip.iter_frames()) == 31
+    assert len(read_video(tmp_path / "game.mp4")[0]) == 31

@@ -21,7 +21,7 @@ from cleanrl.utils.benchmark.records import Job
 from cleanrl.utils.benchmark.view import View, table
 from cleanrl.utils.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from cleanrl.utils.command_line import check_bounds, parse, refuse
-from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.atari import GAME_LISTS, count_actions
 from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.signals import StopSignals, exit_on_ctrl_c
 
@@ -33,7 +33,7 @@ RECORDS = Path("runs") / "benchmark"
 class Args:
     # benchmark
     env_ids: tuple[str, ...]
-    """the games, as {Game}NoFrameskip-v4"""
+    """the games, as {Game}NoFrameskip-v4, or a list of them: atari57 or atari5"""
     command: tuple[str, ...]
     """the training script with its options, in quotes; if several, each with its own --exp-name"""
     num_seeds: PositiveInt = 3
@@ -66,6 +66,7 @@ def check(args: Args) -> None:
         raise SystemExit(
             'error: --command names no script; use, say, --command "python cleanrl/dqn_atari.py"'
         )
+    args.env_ids = tuple(game for name in args.env_ids for game in GAME_LISTS.get(name, [name]))
     for env_id, count in Counter(args.env_ids).items():
         count_actions(env_id)
         if count > 1:

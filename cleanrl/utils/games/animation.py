@@ -1,11 +1,13 @@
 """A game's video as a small picture that moves, for TensorBoard."""
 
 import io
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from imageio_ffmpeg import read_frames
 from PIL import Image
 
 FRAMES_PER_PICTURE = 4  # those of one action
@@ -31,14 +33,15 @@ def animate(video: Path) -> Animation:
     Raises:
         OSError: the file is no video.
     """
-    from moviepy import VideoFileClip  # takes half a second, which most runs and all their workers can save
-
-    with VideoFileClip(str(video), audio=False) as clip:
-        frames = islice(clip.iter_frames(), FRAMES_PER_PICTURE * MOST_PICTURES)
+    with closing(read_frames(str(video))) as contents:
+        width, height = next(contents)["size"]
+        frames = islice(contents, FRAMES_PER_PICTURE * MOST_PICTURES)
         pictures = []
         while taken := list(islice(frames, FRAMES_PER_PICTURE)):
-            picture = Image.fromarray(np.max(taken[-2:], axis=0))
-            pictures.append(picture.reduce(2))
+            newest = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in taken[-2:]]
+            pictures.append(Image.fromarray(np.max(newest, axis=0)).reduce(2))
+    if not pictures:
+        raise OSError(f"{video} has no frames")
 
     # One palette for all, of pictures from start to end: each with its own would double the file.
     samples = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::30]]))

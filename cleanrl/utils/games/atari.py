@@ -134,6 +134,15 @@ HUMAN_SCORES = {
     "Zaxxon": 9173.3,
 }
 
+GAME_LISTS = {
+    # Of the papers' tables, but for Surround, which has no such id.
+    "atari57": [f"{game}NoFrameskip-v4" for game in RANDOM_SCORES if game != "Surround"],
+    # Those from which the median over all can be predicted best (Aitchison et al., 2023, "Atari-5").
+    "atari5": [
+        f"{game}NoFrameskip-v4" for game in ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")
+    ],
+}
+
 
 def count_actions(env_id: str) -> int:
     """The number of actions of an Atari game.

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
+from imageio_ffmpeg import write_frames
 
 FRAMES_PER_S = 60  # the console's
 
@@ -12,8 +14,7 @@ class RecordGame(gym.Wrapper):
     """Writes the first game to `game.mp4` in a folder, every frame of the emulator, at the console's speed.
 
     Each frame goes to the encoder at once: kept until the end, as gymnasium's RecordVideo keeps them, those
-    of the longest game would take 11 GB. If it cannot be written, the video ends
-    early; the game does not.
+    of the longest game would take 11 GB. If it cannot be written, the video ends early; the game does not.
     """
 
     def __init__(self, env: gym.Env, folder: Path):
@@ -39,21 +40,22 @@ class RecordGame(gym.Wrapper):
         super().close()
 
     def _begin(self) -> None:
-        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # half a second that most runs can save
-
         self.folder.mkdir(parents=True, exist_ok=True)
         height, width, _ = self.env.render().shape
-        self.writer = FFMPEG_VideoWriter(
+        self.writer = write_frames(
             str(self.folder / "game.mp4"),
             (width, height),
-            FRAMES_PER_S,
-            ffmpeg_params=["-pix_fmt", "yuv420p"],  # what browsers play
+            pix_fmt_out="yuv420p",  # what browsers play
+            fps=FRAMES_PER_S,
+            macro_block_size=2,  # of that format; by default frames are enlarged
+            ffmpeg_log_level="error",
         )
+        self.writer.send(None)
         self._write()
 
     def _write(self) -> None:
         try:
-            self.writer.write_frame(self.env.render())
+            self.writer.send(np.ascontiguousarray(self.env.render()))
         except OSError as error:
             reason = str(error).strip().splitlines()[-1]
             print(f"\nwarning: {self.folder / 'game.mp4'} ends early: {reason}", file=sys.stderr)

@@ -49,7 +49,7 @@ def check_arguments(args: Args) -> None:
         raise SystemExit(
             "error: name at least one folder of runs, as in: python -m cleanrl.utils.report runs/"
         )
-    for package in ("matplotlib", "rliable"):
+    for package in ("matplotlib", "scipy"):
         if not importlib.util.find_spec(package):
             raise SystemExit(f"error: a report needs {package}: pip install -r {REQUIREMENTS}")
     check_output(args.output)

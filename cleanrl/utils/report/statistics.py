@@ -163,9 +163,9 @@ def interquartile_mean(*samples: np.ndarray) -> float:
     Args:
         samples: for each game, the scores of its runs (runs,).
     """
-    from rliable import metrics
+    from scipy import stats
 
-    return float(metrics.aggregate_iqm(np.concatenate(samples)))
+    return float(stats.trim_mean(np.concatenate(samples), 0.25))
 
 
 def improvement_probability(*samples: np.ndarray) -> float:
@@ -174,21 +174,14 @@ def improvement_probability(*samples: np.ndarray) -> float:
     Args:
         samples: for each game, the scores of X's runs (runs,), then those of Y's.
     """
-    from rliable import metrics
-
     pairs = zip(samples[::2], samples[1::2], strict=True)
-    return statistics.fmean(
-        metrics.probability_of_improvement(of_x[:, None], of_y[:, None]) for of_x, of_y in pairs
-    )
+    return statistics.fmean((1 + np.sign(x[:, None] - y).mean()) / 2 for x, y in pairs)
 
 
 def estimate(
     statistic: Callable[..., float], samples: Sequence[np.ndarray], num_resamples: int, seed: int
 ) -> Estimate:
     """A statistic with its stratified bootstrap interval: the runs of each sample are resampled.
-
-    SciPy's bootstrap replaces rliable's, which ignores its seed and draws from NumPy's global generator, and
-    which needs arch: version 7.2 fails to import beside pandas 3.
 
     Args:
         statistic: takes the samples.
