@@ -17,7 +17,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
-from cleanrl.utils.command_line import check_arguments, parse_arguments
+from cleanrl.utils.command_line import read_arguments
 from cleanrl.utils.run.options import RunOptions
 from cleanrl.utils.signals import exit_on_ctrl_c
 
@@ -69,7 +69,7 @@ class Args(RunOptions):
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     exit_on_ctrl_c()
-    ARGS = check_arguments(parse_arguments(Args))
+    ARGS = read_arguments(Args)
 
 import cv2
 import flax.linen as nn
@@ -92,7 +92,7 @@ from cleanrl.utils.replay.memory import plan_replay
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import check_new_folder, save_replay
 from cleanrl.utils.run.charts import DQN_CHARTS
-from cleanrl.utils.run.training_run import TrainingRun, check_services
+from cleanrl.utils.run.training_run import TrainingRun
 
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
@@ -447,7 +447,6 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
-    check_services(args)
     device = choose_device(args)
     if args.save_replay:
         check_new_folder(args.save_replay)

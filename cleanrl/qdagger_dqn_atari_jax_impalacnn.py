@@ -19,7 +19,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from cleanrl.utils.command_line import check_arguments, parse_arguments
+from cleanrl.utils.command_line import read_arguments
 from cleanrl.utils.run.options import TeacherOptions
 from cleanrl.utils.signals import exit_on_ctrl_c
 
@@ -105,7 +105,7 @@ class Args(TeacherOptions):
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     exit_on_ctrl_c()
-    ARGS = check_arguments(parse_arguments(Args))
+    ARGS = read_arguments(Args)
 
 import cv2
 import flax.linen as nn
@@ -128,7 +128,7 @@ from cleanrl.utils.replay.frames_jax import JaxFrames, padded
 from cleanrl.utils.replay.memory import plan_replays
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import load_replay
-from cleanrl.utils.run.training_run import TrainingRun, check_services
+from cleanrl.utils.run.training_run import TrainingRun
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
@@ -723,7 +723,6 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
-    check_services(args)
     device = choose_device(args)
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)

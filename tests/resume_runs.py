@@ -138,7 +138,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
 def run_script(module: ModuleType, options: list[str]) -> None:
     sys.argv = [module.__name__, *options]
     module.exit_on_ctrl_c()
-    module.main(module.check_arguments(module.parse_arguments(module.Args)))
+    module.main(module.read_arguments(module.Args))
 
 
 if __name__ == "__main__":

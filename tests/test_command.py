@@ -151,7 +151,7 @@ from cleanrl import {name_of(script)} as script
 from cleanrl.utils.run import progress, training_run
 progress.LOG_INTERVAL_S = 0.1
 training_run.evaluate = partial(training_run.evaluate, max_game_frames=300)
-script.main(script.check_arguments(script.parse_arguments(script.Args)))
+script.main(script.read_arguments(script.Args))
 """
     command = [*SMOKE, "--env-id", "PongNoFrameskip-v4", "--exp-name", "stopped"]
     if is_qdagger(script):

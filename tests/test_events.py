@@ -40,10 +40,10 @@ def test_points_are_read_back(tmp_path):
 
 def test_options_are_a_table(tmp_path):
     writer = EventWriter(tmp_path)
-    writer.add_options({"seed": 1, "env_id": "Pong"})
+    writer.add_options({"seed": 1, "env_id": "Pong"}, [])
     writer.close()
     events = read(tmp_path)
-    assert events.Tags()["tensors"] == ["hyperparameters/text_summary"]
+    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
     assert events.SummaryMetadata("hyperparameters/text_summary").plugin_data.plugin_name == "text"
     (event,) = events.Tensors("hyperparameters/text_summary")
     assert event.tensor_proto.string_val == [b"|option|value|\n|-|-|\n|seed|1|\n|env_id|Pong|"]
@@ -70,6 +70,8 @@ def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
         "ε": {"ε": ["eval/a"]},
     }
     writer.add_layout(layout)
+    options = {"learning_rate": 1e-4, "seed": 3, "cuda": False, "env_id": "Pong", "resume": None}
+    writer.add_options(options, ["eval/a"])
     gif = io.BytesIO()
     Image.new("RGB", (8, 6)).save(gif, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "red")])
     writer.add_animation("videos/final", gif.getvalue(), 8, 6, step=40)
@@ -99,6 +101,17 @@ def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
         ("losses", "none"): {},
         ("ε", "ε"): {"eval/a": [(0, 7.0)]},
     }
+    request = {
+        "allowedStatuses": ["STATUS_UNKNOWN"],
+        "sliceSize": 9,
+        "colParams": [{"metric": {"group": "", "tag": "eval/a"}}],
+    }
+    answer = json.loads(ask("hparams/session_groups", request=json.dumps(request)))
+    (session,) = answer["sessionGroups"]
+    assert session["hparams"] == options | {"resume": "None"}
+    assert [(metric["name"]["tag"], metric["value"]) for metric in session["metricValues"]] == [
+        ("eval/a", 7.0)
+    ]
     (image,) = json.loads(ask("images/images", run="run", tag="videos/final", sample="0"))
     assert image["step"] == 40
     query = dict(urllib.parse.parse_qsl(image["query"]))

@@ -85,7 +85,7 @@ def help_text(script, monkeypatch, capsys) -> str:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
     with pytest.raises(SystemExit) as end:
-        script.parse_arguments(script.Args)
+        script.read_arguments(script.Args)
     assert end.value.code == 0
     return capsys.readouterr().out
 

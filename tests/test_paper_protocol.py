@@ -37,5 +37,5 @@ def test_the_documented_command_sets_every_row_of_the_papers_settings(monkeypatc
     )  # commands over several lines
     (options,) = re.findall(r"python cleanrl/qdagger_dqn_atari_impalacnn\.py (.*--td-loss huber.*)", page)
     monkeypatch.setattr(sys, "argv", [TORCH.__file__, *shlex.split(options)])
-    args = vars(TORCH.parse_arguments(TORCH.Args))
+    args = vars(TORCH.read_arguments(TORCH.Args))
     assert {name: args[name] for name in PAPER} == PAPER

@@ -36,7 +36,7 @@ def refusal(tmp_path, monkeypatch, capsys):
             use_network(monkeypatch, script, "number")
             monkeypatch.setattr(sys, "argv", [script.__file__, *options])
             with pytest.raises(SystemExit) as stop:
-                script.main(script.check_arguments(script.parse_arguments(script.Args)))
+                script.main(script.read_arguments(script.Args))
             assert capsys.readouterr().err == ""
             assert set(tmp_path.iterdir()) == files
             lines.append(stop.value.code)

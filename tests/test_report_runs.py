@@ -24,7 +24,7 @@ def test_a_resumed_run_is_its_files_together(tmp_path):
     for steps in ((10, 20), (30, 40)):
         writer = EventWriter(run)
         if steps[0] == 10:
-            writer.add_options({"seed": 1, "eval_episodes": 1, "exp_name": "a|b"})
+            writer.add_options({"seed": 1, "eval_episodes": 1, "exp_name": "a|b"}, [])
         for step in steps:
             writer.add_scalar(EPISODIC_RETURN, step / 8, step)
         if steps[0] == 30:

@@ -61,7 +61,7 @@ def test_a_run_that_is_stopped_in_every_phase_ends_as_an_uninterrupted_one(tiny,
         monkeypatch.chdir(tmp_path / folder)
         options = (*tiny_options(name_of(tiny)), "--checkpoint-interval", "0", *options)
         monkeypatch.setattr(sys, "argv", [tiny.__file__, *options])
-        tiny.main(tiny.check_arguments(tiny.parse_arguments(tiny.Args)))
+        tiny.main(tiny.read_arguments(tiny.Args))
 
     start("calm")
     monkeypatch.setattr(TrainingRun, "checkpoint", stop_before_checkpoint)

@@ -140,7 +140,7 @@ def test_a_published_model_can_be_played(failed, server):
     game, mean = outcome.out.splitlines()
     episodic_return = float(re.fullmatch(r"game 1: return (\S+)", game)[1])
     assert -21 <= episodic_return < 21
-    assert mean == f"mean return {episodic_return:.2f} over 1 games"
+    assert mean.startswith(f"mean return {episodic_return:.2f} over 1 games (std 0.00, ")
     assert (failed.folder / "videos" / "PongNoFrameskip-v4-game-1.mp4").stat().st_size > 10_000
 
 

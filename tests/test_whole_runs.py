@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.run import training_run
-from cleanrl.utils.run.charts import CHARTS, DQN_CHARTS, TAGS
+from cleanrl.utils.run.charts import CHARTS, DQN_CHARTS, EVALUATION_RETURN, FINAL_RETURN, TAGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What only QDagger plots, beside the curves of its first two phases.
@@ -35,7 +35,8 @@ def test_the_curves_of_all_scripts_are_those_of_the_charts_module(train):
     )
     for charts, plotted in [(CHARTS, set(TAGS)), (DQN_CHARTS, of_dqn)]:
         tags = [tag for section in charts.values() for chart in section.values() for tag in chart]
-        assert sorted(tags) == sorted(plotted - {"eval/episodic_return", "charts/episodic_length"})
+        by_themselves = {EVALUATION_RETURN, FINAL_RETURN, "charts/episodic_length"}
+        assert sorted(tags) == sorted(plotted - by_themselves)
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 16])
@@ -53,6 +54,7 @@ def test_curves_and_models_do_not_depend_on_the_number_of_environments(algorithm
     assert [step for step, _ in curves["charts/epsilon"]][-1] == last_step
     assert [step for step, _ in curves["losses/td_loss"]] == [offline_steps + 16]
     assert curves["eval/episodic_return"] == [(0, 1.0)]
+    assert [value for _, value in curves["eval/avg_episodic_return"]] == [1.0]
     if is_qdagger(algorithm):
         assert curves["charts/teacher/avg_episodic_return"] == [(0, 1.0), (16, 1.0), (last_step, 1.0)]
         assert [step for step, _ in curves["charts/offline/q_loss"]] == [16]
@@ -105,8 +107,7 @@ def test_a_finished_run_is_uploaded_with_its_script_its_model_and_a_card(algorit
         assert [value for _, value in read_curves(run_folder)["eval/episodic_return"]] == [1.0, 1.0]
 
     monkeypatch.setattr(training_run, "upload", upload)
-    monkeypatch.setattr(training_run, "check_upload", lambda name, entity: f"alice/{name}")
-    run_folder = train(algorithm, upload_model=True)
+    run_folder = train(algorithm, upload_model=True, hf_entity="alice")
     assert uploaded == [run_folder.name]
     repo_id = f"alice/PongNoFrameskip-v4-{name_of(algorithm)}-seed1"
     assert f"enjoy.py {repo_id}\n" in (run_folder / "README.md").read_text("utf-8")
@@ -115,7 +116,6 @@ def test_a_finished_run_is_uploaded_with_its_script_its_model_and_a_card(algorit
 def test_tracking_starts_before_the_first_event_is_written(train, monkeypatch):
     calls = mock.Mock()
     calls.EventWriter.side_effect = RuntimeError("far enough")
-    monkeypatch.setattr(training_run, "check_tracking", mock.Mock())
     monkeypatch.setattr(training_run, "start_tracking", calls.start_tracking)
     monkeypatch.setattr(training_run, "EventWriter", calls.EventWriter)
     options = {"track": True, "wandb_project_name": "project", "wandb_entity": "team"}

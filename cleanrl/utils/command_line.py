@@ -67,6 +67,20 @@ def parse(args_type: type[Args], default: Args | None = None) -> Args:
     return args_type(**values)
 
 
+def read_arguments(args_type: type[Args]) -> Args:
+    """A training script's command line, once it makes sense and the services that it names will take the run.
+
+    Raises:
+        SystemExit: with a one-line error, if it does not or they will not.
+    """
+    args = check_arguments(parse_arguments(args_type))
+    if args.track or args.upload_model:
+        from cleanrl.utils.run.services import check_services  # its imports take half a second
+
+        check_services(args)
+    return args
+
+
 def parse_arguments(args_type: type[Args]) -> Args:
     """A training script's command line; if it names a run to resume, that run's options are the defaults.
 

@@ -6,6 +6,7 @@ EPISODIC_RETURN = "charts/episodic_return"
 DISTILL_COEFF = "charts/distill_coeff"
 EPSILON = "charts/epsilon"
 EVALUATION_RETURN = "eval/episodic_return"
+FINAL_RETURN = "eval/avg_episodic_return"
 
 TAGS = {
     TEACHER_RETURN: "mean return of the teacher's evaluation games",
@@ -23,7 +24,10 @@ TAGS = {
     EPSILON: "ε",
     "charts/SPS": "environment steps per second",
     EVALUATION_RETURN: "return of each game of the final evaluation, over the game's number",
+    FINAL_RETURN: "their mean",
 }
+
+RESULTS = [FINAL_RETURN, TEACHER_RETURN, OFFLINE_RETURN]  # TensorBoard's page "HParams"
 
 CHARTS = {  # TensorBoard's page "Custom Scalars": sections, their charts, each chart's tags
     "returns": {"teacher, offline and online": [TEACHER_RETURN, OFFLINE_RETURN, EPISODIC_RETURN]},

@@ -47,8 +47,13 @@ class EventWriter:
         if self.mirror:
             self.mirror(tag, value, step)
 
-    def add_options(self, options: dict[str, Any]) -> None:
-        """Adds a run's options as a table on the page of texts, under `hyperparameters`."""
+    def add_options(self, options: dict[str, Any], results: Sequence[str]) -> None:
+        """Adds a run's options: a table on the page of texts, `hyperparameters`, and the page "HParams".
+
+        There `results` are the tags whose last values are shown beside the options.
+        """
+        from tensorboard.plugins.hparams import summary_v2 as hparams  # takes half a second
+
         table = "\n".join(
             ["|option|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in options.items())]
         )
@@ -59,6 +64,10 @@ class EventWriter:
             tensor=TensorProto(dtype=DT_STRING, string_val=[table.encode()], tensor_shape=shape),
         )
         self._add(summary=Summary(value=[text]))
+        values = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in options.items()}
+        columns, metrics = map(hparams.HParam, values), map(hparams.Metric, results)
+        for page in (hparams.hparams_config_pb(columns, metrics), hparams.hparams_pb(values)):
+            self._add(summary=page)
 
     def add_layout(self, layout: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Adds the page "Custom Scalars": sections by title, their charts by title, each chart's tags."""

@@ -18,8 +18,16 @@ from cleanrl.utils.evaluation import evaluate
 from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
-from cleanrl.utils.hub.publish import check_upload, upload
-from cleanrl.utils.run.charts import CHARTS, DISTILL_COEFF, EPISODIC_RETURN, EVALUATION_RETURN, TAGS
+from cleanrl.utils.hub.publish import upload
+from cleanrl.utils.run.charts import (
+    CHARTS,
+    DISTILL_COEFF,
+    EPISODIC_RETURN,
+    EVALUATION_RETURN,
+    FINAL_RETURN,
+    RESULTS,
+    TAGS,
+)
 from cleanrl.utils.run.checkpoint import (
     OTHER_VERSION_REMEDY,
     Checkpoint,
@@ -33,26 +41,12 @@ from cleanrl.utils.run.options import MAY_CHANGE
 from cleanrl.utils.run.progress import ProgressBar
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.summary import summary
-from cleanrl.utils.run.tracking import check_tracking, start_tracking
+from cleanrl.utils.run.tracking import start_tracking
 from cleanrl.utils.signals import Stopped, StopSignals
 from cleanrl.utils.storage import DamagedError
 from cleanrl.utils.weights.files import save_weights
 
 EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start from
-
-
-def check_services(args: Any) -> None:
-    """Ensures that Weights & Biases and the Hub will take what the script's options ask for.
-
-    `hf_entity` becomes the user whose token it is, unless it is given.
-
-    Raises:
-        SystemExit: with a one-line error, if they will not.
-    """
-    if args.track:
-        check_tracking()
-    if args.upload_model:
-        args.hf_entity, _, _ = check_upload(repo_name(args), args.hf_entity).partition("/")
 
 
 class TrainingRun:
@@ -107,7 +101,7 @@ class TrainingRun:
             mirror = start_tracking(self.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
         self.writer = EventWriter(self.folder, mirror)
         if not resumed:
-            self.writer.add_options(vars(args))
+            self.writer.add_options(vars(args), RESULTS)
             self.writer.add_layout(charts)
         self._final_returns: Sequence[float] | None = None
         if args.upload_model:
@@ -315,4 +309,5 @@ class TrainingRun:
         self._final_returns, self._mean_returns["final"] = returns, float(np.mean(returns))
         for game, episodic_return in enumerate(returns):
             self.plot({EVALUATION_RETURN: episodic_return}, game)
+        self.plot({FINAL_RETURN: self._mean_returns["final"]}, self.state.gradient_steps)
         self.say(summary(self.args, self.folder, len(returns), self._mean_returns))
