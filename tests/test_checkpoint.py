@@ -14,7 +14,13 @@ from replays import Stream, assert_transitions, draw_everything, equal, fill, fi
 
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.run.checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint, saved_options
+from cleanrl.utils.run.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    cut_events,
+    newest_checkpoint,
+    saved_options,
+)
 from cleanrl.utils.run.folders import manifests, newest_unfinished_run
 from cleanrl.utils.storage import FileEntry, read_manifest, read_tree, write_manifest
 
@@ -313,3 +319,80 @@ def test_the_newest_unfinished_run_of_the_same_experiment_is_found(tmp_path, mon
             write_manifest(folder / "checkpoint-000001.json", {})
     assert newest_unfinished_run("Pong", "test", 1) == Path("runs/Pong__test__1__200")
     assert newest_unfinished_run("Pong", "test", 3) is None
+
+
+# ------------------------------------------------------------------------------------- what is not ours
+
+
+def put_foreign_files(folder: Path) -> dict[str, bytes]:
+    """As file managers, editors and people leave them; and a link in the place of a file of ours."""
+    checkpoints = folder / "checkpoints"
+    for name in (
+        "._checkpoint-000001.json", "checkpoint-000002 (copy).json", "checkpoint-9.json.bak", "rows-x.zst",
+        "notes.txt", "state-latest.zst",
+    ):  # fmt: skip
+        (checkpoints / name).write_text(name)
+    (checkpoints / "old-runs").mkdir()
+    (checkpoints / "old-runs" / "checkpoint-000001.json").write_text("{}")
+    (folder / "elsewhere").write_text("elsewhere")
+    (checkpoints / "state-000777.zst").symlink_to(folder / "elsewhere")
+    (checkpoints / "checkpoint-000099.json").mkdir()
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_foreign_files_are_ignored_and_stay(folder, capsys):
+    (folder / "checkpoints" / "lock").unlink()
+    foreign = put_foreign_files(folder)
+    assert manifests(folder) == []
+    writer = CheckpointWriter(folder, None)
+    for state in (1, 2, 3):
+        saved = save(writer, state)
+    assert [path.name for path in manifests(folder)] == ["checkpoint-000003.json", "checkpoint-000002.json"]
+    again = CheckpointWriter(folder, saved)
+    assert save(again, 4).read_state() == 4
+    assert len(manifests(folder)) == 2
+    assert capsys.readouterr() == ("", "")
+    again.remove_all()
+    assert {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == foreign
+
+
+def test_numbers_beyond_six_digits_are_newer(folder, writer):
+    writer._number = 999_998
+    for state in (1, 2):
+        save(writer, state)
+    assert [path.name for path in manifests(folder)] == ["checkpoint-1000000.json", "checkpoint-999999.json"]
+    assert newest_checkpoint(folder).read_state() == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("event_files", {"../victim": 0}),
+        ("event_files", {"/tmp/victim": 0}),
+        ("event_files", {"a/b": 0}),
+        ("event_files", {"..": 0}),
+        ("event_files", {"": 0}),
+        ("event_files", {"events.out.tfevents.1": -1}),
+        ("event_files", {"events.out.tfevents.1": "0"}),
+        ("event_files", ["events.out.tfevents.1"]),
+        ("state", ["../state.zst", "0" * 64]),
+        ("options", ["seed"]),
+    ],
+)
+def test_a_manifest_with_other_places_in_it_is_passed_over(two_checkpoints, capsys, part, value):
+    newest = manifests(two_checkpoints)[0]
+    write_manifest(newest, read_manifest(newest) | {part: value})
+    assert newest_checkpoint(two_checkpoints).name == manifests(two_checkpoints)[1].name
+    assert f"{newest.name} is not a checkpoint's" in capsys.readouterr().err
+
+
+def test_an_event_file_that_is_a_link_is_not_cut(folder, writer, capsys):
+    (folder / "victim").write_text("precious")
+    (folder / "events.out.tfevents.1").symlink_to(folder / "victim")
+    (folder / "events.out.tfevents.2").write_text("curves and what came later")
+    saved = save(writer)
+    saved.event_files = {"events.out.tfevents.1": 0, "events.out.tfevents.2": 6}
+    cut_events(folder, saved)
+    assert (folder / "victim").read_text() == "precious"
+    assert (folder / "events.out.tfevents.2").read_text() == "curves"
+    assert "events.out.tfevents.1 lacks some of the run's curves" in capsys.readouterr().err

@@ -148,7 +148,8 @@ def test_ctrl_c_leaves_a_saved_network_and_closed_event_files(
     with_short_games = f"""
 from functools import partial
 from cleanrl import {name_of(script)} as script
-from cleanrl.utils.run import progress, training_run
+from cleanrl.utils import progress
+from cleanrl.utils.run import training_run
 progress.LOG_INTERVAL_S = 0.1
 training_run.evaluate = partial(training_run.evaluate, max_game_frames=300)
 script.main(script.read_arguments(script.Args))

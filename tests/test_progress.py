@@ -1,4 +1,4 @@
-"""cleanrl/utils/run/progress.py: a bar on a terminal, and lines elsewhere."""
+"""cleanrl/utils/progress.py: a bar on a terminal, and lines elsewhere."""
 
 import os
 import pty
@@ -9,9 +9,9 @@ import termios
 
 from both_scripts import ROOT
 
+from cleanrl.utils import progress
 from cleanrl.utils.benchmark.logs import short_progress
-from cleanrl.utils.run import progress
-from cleanrl.utils.run.progress import ProgressBar
+from cleanrl.utils.progress import ProgressBar
 
 
 def test_a_log_gets_a_line_at_the_start_the_end_and_each_interval(capsys):
@@ -59,7 +59,7 @@ def test_a_bar_within_another_one_moves_no_cursor(capsys, monkeypatch):
 
 def test_on_a_terminal_a_bar_overwrites_itself():
     code = """
-from cleanrl.utils.run.progress import ProgressBar
+from cleanrl.utils.progress import ProgressBar
 with ProgressBar("offline", 0, 10, "updates") as bar:
     for _ in range(10):
         bar.update()

@@ -330,3 +330,11 @@ def test_it_takes_memory_from_its_start_until_it_is_freed(frames_type):
     assert set(keys) == stream.newest(100, n_step=1)
     assert_transitions(batch, stream, keys)
     assert len(made) == 2
+
+
+def test_a_buffer_without_transitions_ends_the_drawing():
+    """A file can say so, though no run writes one."""
+    replay = filled(make_replay(TorchFrames, 40, 2), Stream(2, 60, 0.1))
+    replay.columns["is_transition"][:] = False
+    with pytest.raises(SystemExit, match=r"^error: the replay buffer holds no transitions"):
+        replay.draw(8, np.random.default_rng(0))

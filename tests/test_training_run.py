@@ -20,10 +20,11 @@ from replays import make_replay
 from torch import nn
 
 from cleanrl.dqn_atari import make_env
+from cleanrl.utils import progress
 from cleanrl.utils.games.parallel_envs import FinishedGame, WorkerError
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.run import progress, training_run
+from cleanrl.utils.run import training_run
 from cleanrl.utils.run.checkpoint import newest_checkpoint
 from cleanrl.utils.run.folders import manifests
 from cleanrl.utils.run.options import RunOptions

@@ -92,6 +92,13 @@ def test_reads_what_a_module_saves(tmp_path):
         np.testing.assert_array_equal(read["2.weight"], module[2].weight.detach().numpy())
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".msgpack", ".zip", ""])
+def test_the_suffix_of_a_file_means_nothing(format, suffix, tmp_path):
+    path = write(tmp_path / f"teacher{suffix}", tensors(), format)
+    np.testing.assert_equal(read_weights(path), {name: tensor.numpy() for name, tensor in tensors().items()})
+
+
 def test_safetensors_need_no_torch(tmp_path):
     half = {name: tensor.bfloat16() for name, tensor in tensors().items()}
     code = (

@@ -11,6 +11,9 @@ import numpy as np
 
 from cleanrl.utils.games.parallel_envs import StepResult
 
+# An episode has a transition for each of its ends, so that at least half of all draws hit one.
+MOST_DRAWS = 1000
+
 
 class Frames(Protocol):
     """Frames uint8 (84, 84) by slot, in the memory of one device: the only part that knows a framework."""
@@ -164,16 +167,22 @@ class ReplayBuffer:
         return bool((self.drawable_per_env() > 0).all())
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws the slots of transitions, int64 (batch_size,), uniformly and with replacement."""
+        """Draws the slots of transitions, int64 (batch_size,), uniformly and with replacement.
+
+        Raises:
+            SystemExit: with a one-line error, if the buffer has hardly any: no run wrote the file it is from.
+        """
         ends = np.cumsum(self.drawable_per_env())
         slots = np.empty(batch_size, dtype=np.int64)
         missing = np.arange(batch_size)
-        while len(missing):  # again, where the observation that ended an episode was drawn
+        for _ in range(MOST_DRAWS):  # again, where the observation that ended an episode was drawn
             drawn = rng.integers(ends[-1], size=len(missing))
             envs = np.searchsorted(ends, drawn, side="right")
             slots[missing] = self._slots(envs, self.heads[envs] - self.n_step - (ends[envs] - 1 - drawn))
             missing = missing[~self.columns["is_transition"][slots[missing]]]
-        return slots
+            if not len(missing):
+                return slots
+        raise SystemExit("error: the replay buffer holds no transitions; start without the file it is from")
 
     def sample(self, batch_size: int, rng: np.random.Generator, num_batches: int = 1) -> Batch:
         """Draws `num_batches` batches: the same as one after the other would be.

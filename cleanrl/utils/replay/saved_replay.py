@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from cleanrl.utils.progress import ProgressBar
 from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
 from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
 from cleanrl.utils.storage import (
@@ -207,7 +207,7 @@ def load_replay(
     """
     saved = open_replay(args, replay.num_q_values)
     replay.allocate()
-    with tqdm(total=saved.num_rows, desc="teacher's replay", unit=" frames") as progress:
+    with ProgressBar("teacher's replay", 0, saved.num_rows, "frames") as progress:
         for slots, rows in saved.rows(replay.num_slots):
             replay.write(slots, rows)
             # The frames of these stacks are in place: a file comes after those before it in time.

@@ -7,7 +7,7 @@ manifest is written last, so that a checkpoint exists as a whole or not at all.
 """
 
 import os
-import shutil
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +20,7 @@ import numpy as np
 from cleanrl.utils.bounds import shown
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
-from cleanrl.utils.run.folders import event_files, is_folder, manifests
+from cleanrl.utils.run.folders import checkpoint_files, event_files, is_folder, manifests
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
@@ -82,6 +82,11 @@ class Checkpoint:
                 name: SavedRows(**saved | {"files": [RowsFile(**file) for file in saved["files"]]})
                 for name, saved in content["replays"].items()
             }
+            names = [*self.event_files, *(entry.name for entry in self.files())]
+            is_plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)  # not a path
+            sizes_are_sizes = all(isinstance(size, int) and size >= 0 for size in self.event_files.values())
+            if not (is_plain and sizes_are_sizes and isinstance(self.options, dict)):
+                raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise DamagedError(f"{self.name} is not a checkpoint's") from None
 
@@ -160,11 +165,11 @@ class CheckpointWriter:
         self._replays = resumed.replays if resumed else {}  # of the last checkpoint
         self._number = self._rows_number = 0
         if resumed:
+            files = checkpoint_files(run_folder)
             for path in manifests(run_folder):
-                if path.name > resumed.name:  # damaged
+                if files[path] > files[self.folder / resumed.name]:  # damaged
                     path.unlink()
-            names = [path.name.partition(".")[0] for path in self.folder.glob("*-*.*")]
-            self._number = self._rows_number = max(int(name.rpartition("-")[2]) for name in names) + 1
+            self._number = self._rows_number = max(files.values()) + 1
 
     def save(
         self, script: str, options: dict[str, Any], state: Any, replays: dict[str, ReplayBuffer]
@@ -201,9 +206,13 @@ class CheckpointWriter:
 
     def remove_all(self) -> None:
         """Removes the checkpoints of a run that has finished."""
-        finished = self.run_folder / "finished"  # moved at once: a half-removed folder has no checkpoints
-        self.folder.rename(finished)
-        shutil.rmtree(finished)
+        for path in reversed(manifests(self.run_folder)):  # a kill in between leaves the newest, or none
+            path.unlink()
+        for path in checkpoint_files(self.run_folder):
+            path.unlink()
+        with suppress(OSError):  # if there are files that are not ours, they and the folder stay
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _save_rows(self, name: str, replay: ReplayBuffer) -> SavedRows:
         oldest, heads = held_positions(replay)
@@ -223,7 +232,7 @@ class CheckpointWriter:
         return SavedRows(oldest.tolist(), heads.tolist(), files)
 
     def _remove_what_is_not_needed(self) -> None:
-        needed, kept = {"lock"}, 0
+        needed, kept = set(), 0
         for path in manifests(self.run_folder):
             try:
                 checkpoint = Checkpoint(path)
@@ -233,19 +242,18 @@ class CheckpointWriter:
                 break
             needed |= {path.name, *(entry.name for entry in checkpoint.files())}
             kept += 1
-        for path in self.folder.iterdir():
+        for path in checkpoint_files(self.run_folder):
             if path.name not in needed:
                 path.unlink()
 
 
 def cut_events(run_folder: Path, checkpoint: Checkpoint) -> None:
     """Removes from the event files what was written after the checkpoint: the run will write it again."""
-    for path in event_files(run_folder):
-        if path.name not in checkpoint.event_files:
-            path.unlink()
+    files = {path.name: path for path in event_files(run_folder)}
+    for name in files.keys() - checkpoint.event_files.keys():
+        files[name].unlink()
     for name, size in checkpoint.event_files.items():
-        path = run_folder / name
-        if not path.exists() or path.stat().st_size < size:
-            print(f"warning: {path} lacks some of the run's curves", file=sys.stderr)
+        if name not in files or files[name].stat().st_size < size:
+            print(f"warning: {run_folder / name} lacks some of the run's curves", file=sys.stderr)
         else:
-            os.truncate(path, size)
+            os.truncate(files[name], size)

@@ -1,5 +1,6 @@
 """Folders of runs: their names and locks, which are unfinished, and the files in them."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,20 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def checkpoint_files(run_folder: Path) -> dict[Path, int]:
+    """The files that checkpoints consist of, or would have, and their numbers; others there are not ours."""
+    found = {}
+    for path in (run_folder / "checkpoints").glob("*-*"):
+        name = re.fullmatch(r"(checkpoint-(\d+)\.json|(state|rows)-(\d+)\.zst)(\.partial)?", path.name)
+        if name and path.is_file() and not path.is_symlink():
+            found[path] = int(name[2] or name[4])
+    return found
+
+
 def manifests(run_folder: Path) -> list[Path]:
     """Those of a run's checkpoints, the newest first."""
-    return sorted((run_folder / "checkpoints").glob("checkpoint-*.json"), reverse=True)
+    files = checkpoint_files(run_folder)
+    return sorted((path for path in files if path.suffix == ".json"), key=files.get, reverse=True)
 
 
 def runs_named(name: str, where: Path = Path("runs")) -> list[Path]:
@@ -69,4 +81,5 @@ def unfinished_runs() -> list[Path]:
 
 
 def event_files(run_folder: Path) -> list[Path]:
-    return sorted(run_folder.glob("events.out.tfevents.*"))
+    found = run_folder.glob("events.out.tfevents.*")
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())

@@ -19,6 +19,7 @@ from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import upload
+from cleanrl.utils.progress import ProgressBar
 from cleanrl.utils.run.charts import (
     CHARTS,
     DISTILL_COEFF,
@@ -38,7 +39,6 @@ from cleanrl.utils.run.checkpoint import (
 from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import MAY_CHANGE
-from cleanrl.utils.run.progress import ProgressBar
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import start_tracking

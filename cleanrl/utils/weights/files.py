@@ -72,7 +72,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             policy = _stable_baselines3_policy(path)
-            state_dict = torch.load(policy or path, map_location="cpu", weights_only=True)
+            with policy or path.open("rb") as file:  # of a path torch believes the suffix
+                state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message has many lines and advises to trust the file
         raise SystemExit(
             f"error: {path} is refused: it holds Python objects beside tensors, which could run code, or is"
