@@ -131,6 +131,40 @@ def test_a_checkpoints_own_options_are_checked_as_if_they_were_typed(monkeypatch
         check_arguments(parse_arguments(QDaggerArgs))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "0.1"), ("learning_rate", True), ("learning_rate", None), ("seed", 1.0),
+        ("seed", [1]), ("td_loss", "mae"), ("td_loss", ["mse"]), ("cuda", 1), ("env_id", 3),
+        ("teacher_model_path", 3), ("final_learning_rate", "x"), ("distill_steps", 0.5),
+    ],
+)  # fmt: skip
+def test_a_checkpoints_options_have_the_types_of_options(name, value, monkeypatch):
+    (FOLDER / "checkpoints").mkdir(parents=True)
+    options = vars(QDaggerArgs()) | {name: value}
+    CheckpointWriter(FOLDER, None).save("script", options, None, {})
+    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(FOLDER)])
+    with pytest.raises(SystemExit, match=rf"^error: --resume .* its checkpoint's {name} is ") as end:
+        parse_arguments(QDaggerArgs)
+    assert len(end.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"learning_rate": 1}, {"final_learning_rate": 0.5}, {"teacher_model_path": "x/y"},
+        {"distill_steps": 7, "td_loss": "huber"},
+    ],
+)  # fmt: skip
+def test_a_checkpoints_good_options_are_taken(options, monkeypatch):
+    (FOLDER / "checkpoints").mkdir(parents=True)
+    CheckpointWriter(FOLDER, None).save("script", vars(QDaggerArgs()) | options, None, {})
+    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(FOLDER)])
+    args = parse_arguments(QDaggerArgs)
+    for name, value in options.items():
+        assert getattr(args, name) == (Path(value) if name == "teacher_model_path" else value)
+
+
 def test_what_is_only_odd_gets_a_warning(capsys):
     check_arguments(QDaggerArgs(total_timesteps=100, learning_starts=100))
     assert "--learning-starts 100 is not below --total-timesteps 100: nothing" in capsys.readouterr().err
