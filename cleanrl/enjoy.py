@@ -33,6 +33,7 @@ from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, Positi
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.hub.download import Advice, download, find_file
 from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
@@ -87,14 +88,14 @@ def find_agent(args: Args) -> tuple[Path, str]:
         fault = f"{shown(args.agent)} does not name its game"
         raise SystemExit(f"error: {fault}; use --env-id, as PongNoFrameskip-v4")
     count_actions(env_id)
-    if path.is_dir():
+    if os.path.isdir(path):  # False also for a name that no file can have
         models = [file for file in path.glob("*.cleanrl_model") if not file.stem.endswith("-offline")]
         if len(models) != 1:
             raise SystemExit(
                 f"error: {shown(path)} is not a folder of a run with one saved model; name the file itself"
             )
         return models[0], env_id
-    if path.exists() or not REPO.fullmatch(args.agent) or path.parts[0] == "runs":
+    if os.path.exists(path) or not REPO.fullmatch(args.agent) or path.parts[0] == "runs":
         return path, env_id
     file = args.hf_file or find_file(args.agent, args.hf_revision, advice=ADVICE)
     return download(args.agent, file, args.hf_revision, advice=ADVICE), env_id
@@ -223,7 +224,10 @@ def main(args: Args) -> None:
     except OSError as error:
         name, place = ("json", args.json) if args.json else ("video_folder", args.video_folder)
         refuse(name, place, f"cannot be created ({error.strerror}); name another")
-    returns = measure(args, player, env_id, path) if args.json else watch(args, player, env_id)
+    try:
+        returns = measure(args, player, env_id, path) if args.json else watch(args, player, env_id)
+    except (WorkerError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     spread = f"std {np.std(returns):.2f}, median {np.median(returns):.10g}"
     least_and_most = f"{min(returns):.10g} to {max(returns):.10g}"
     print(f"mean return {np.mean(returns):.2f} over {args.games} games ({spread}, {least_and_most})")

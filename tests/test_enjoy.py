@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import flax.serialization
 import gymnasium as gym
@@ -20,6 +22,7 @@ import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl import enjoy
 from cleanrl.enjoy import Args, Player, find_agent, main, play
 from cleanrl.utils.evaluation import evaluate
+from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
@@ -185,6 +188,8 @@ def test_a_game_with_lives_is_played_until_it_is_over():
             f"error: --video-folder {TEACHER / 'videos'} cannot be created (Not a directory); name another",
         ),
         ({"agent": f"no-{PONG}"}, f"error: no-{PONG} does not exist"),
+        ({"agent": f"{PONG}{'x' * 5000}"}, f"error: {PONG}xxx"),
+        ({"json": TEACHER / "x.json"}, f"error: --json {TEACHER / 'x.json'} cannot be created ("),
         ({"agent": f"runs/{PONG}__x"}, f"error: runs/{PONG}__x does not exist"),
         (
             {"agent": str(TEACHER.parent), "env_id": PONG},
@@ -252,6 +257,13 @@ def test_an_agent_is_measured_as_the_scripts_do_it(tmp_path, monkeypatch, capsys
         "median": np.median(returns),
     }
     assert f"mean return {np.mean(returns):.2f} over 18 games" in capsys.readouterr().out
+
+
+def test_a_failing_environment_or_disk_is_one_line(tmp_path, monkeypatch):
+    for fault in (WorkerError("environment worker 0 died"), OSError(28, "No space left on device")):
+        monkeypatch.setattr(enjoy, "evaluate", mock.Mock(side_effect=fault))
+        with pytest.raises(SystemExit, match=rf"^error: .*({re.escape(fault.args[-1])})"):
+            main(Args(str(TEACHER), json=tmp_path / "x.json"))
 
 
 def test_hub_errors_name_the_options_of_this_program():
