@@ -222,7 +222,10 @@ def test_a_run_that_fails_says_how_to_resume_it(fault, line):
 def test_the_end_says_what_came_of_it_also_after_a_resumption(capsys, monkeypatch):
     evaluations = iter([[19.0, 20.0], [-3.0, 4.0], [15.0, 16.0]])
 
-    def evaluate(*_: Any, after_step: Callable[[int, int], None], **__: Any) -> list[float]:
+    temperatures = []
+
+    def evaluate(*_: Any, after_step: Callable[[int, int], None], **settings: Any) -> list[float]:
+        temperatures.append(settings["sampling_temperature"])
         after_step(400, 0)
         after_step(800, 2)
         return next(evaluations)
@@ -230,7 +233,7 @@ def test_the_end_says_what_came_of_it_also_after_a_resumption(capsys, monkeypatc
     monkeypatch.setattr(training_run, "evaluate", evaluate)
     monkeypatch.setattr(Args, "end_e", 0.0, raising=False)
     with killed_run() as run:
-        run.play("teacher", np.zeros, 2, 0)
+        run.play("teacher", np.zeros, 2, 0, sampling_temperature=0.5)
         run.play("offline-10", np.zeros, 2, 10)
         run.checkpoint()
     assert "offline evaluation: 100% 2/2 [" in capsys.readouterr().err
@@ -243,6 +246,7 @@ def test_the_end_says_what_came_of_it_also_after_a_resumption(capsys, monkeypatc
         f"watch it play: python cleanrl/enjoy.py {run.folder}",
         "curves: tensorboard --logdir runs",
     ]
+    assert temperatures == [0.5, 0.0, 0.0]
     with start(save_model=False) as unsaved:
         unsaved.finish([1.0])
     assert capsys.readouterr().out.splitlines()[-2:] == [
