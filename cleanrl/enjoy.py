@@ -53,7 +53,7 @@ class Args:
     hf_revision: str | None = None
     """branch, tag or commit of that repository"""
     acts: Literal["auto", "argmax", "sample"] = "auto"
-    """by the argmax of its Q-values or by sampling from its policy; auto: an actor-critic samples"""
+    """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
     temperature: PositiveFloat = 1.0
     """temperature of the policy softmax(Q / temperature) of an agent that has Q-values"""
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Three games with three seeds each as a Slurm job array: sbatch docs/examples/slurm.sh
-# A job that comes to its time limit saves a checkpoint and is queued again, until its run has finished.
+# A job that reaches its time limit saves a checkpoint and is queued again, until its run has finished.
 #SBATCH --job-name=qdagger
 #SBATCH --array=0-8
 #SBATCH --gpus=1

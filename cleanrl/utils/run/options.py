@@ -75,4 +75,4 @@ class TeacherOptions(RunOptions):
     teacher_model_path: Path | None = None
     """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
     teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
-    """by the argmax of its Q-values or by sampling from its policy; auto: an actor-critic samples"""
+    """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""

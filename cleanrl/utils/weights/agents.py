@@ -1,4 +1,4 @@
-"""Recognises what kind of agent a file of weights holds, and fits its weights to a network that can teach.
+"""Recognises what kind of agent a file of weights holds, and fits the weights to a network that can teach.
 
 Each kind but the Impala-CNN has the hidden layers of the DQN network (Mnih et al., 2015); they differ in what
 the last layer says of an action. `docs/teachers.md` lists them.
@@ -79,9 +79,10 @@ class Agent:
     def temperatures(
         self, temperature: float, acts: Literal["auto", "argmax", "sample"]
     ) -> tuple[float, float]:
-        """That of the policy that its outputs are, else 0; and that of sampling actions, if it does, else 0.
+        """The temperature at which Q-values stand for its policy, and the one at which it samples its actions.
 
-        With acts="auto" an actor-critic samples, as it did while it was trained and measured.
+        The first is 0 unless its outputs are a policy, the second is 0 if it acts by argmax. With acts="auto"
+        an actor-critic samples, as it did in training.
         """
         samples = acts == "sample" or (acts == "auto" and self.is_policy)
         return (temperature if self.is_policy else 0.0), (temperature if samples else 0.0)
@@ -106,7 +107,7 @@ class Agent:
 
 
 def read_agent(path: Path, num_actions: int) -> Agent:
-    """Reads a file of weights in any format and recognises by its content whose they are.
+    """Reads a file of weights in any format and recognises the kind of agent by its content.
 
     A QR-DQN's quantiles are averaged: its Q-values are linear in its last hidden layer, as a DQN's are.
 
@@ -114,11 +115,12 @@ def read_agent(path: Path, num_actions: int) -> Agent:
         SystemExit: with a one-line error if it cannot be read, or is of a game with other actions.
     """
     kind, weights = _recognise(_unwrapped(read_weights(path)))
-    atoms = weights.pop("atoms") if kind == "C51" else np.zeros(0, np.float32)
-    if kind == "C51" and (
-        atoms.ndim != 1 or len(atoms) < 2 or not np.isfinite(atoms).all() or (np.diff(atoms) <= 0).any()
-    ):
-        raise SystemExit(f"error: {path} holds weights of C51 whose atoms are not increasing numbers.")
+    atoms = np.zeros(0, np.float32)
+    if kind == "C51":
+        atoms = weights.pop("atoms")
+        is_finite = atoms.ndim == 1 and len(atoms) > 1 and np.isfinite(atoms).all()
+        if not is_finite or (np.diff(atoms) <= 0).any():
+            raise SystemExit(f"error: {path} holds weights of C51 whose atoms are not increasing numbers.")
     agent = Agent(str(path), kind, weights, atoms)
     outputs_per_action = QUANTILES if kind == "QR-DQN" else agent.outputs_per_action
     last_layer = "network.7." if is_student(weights) else "network.9."
@@ -148,7 +150,7 @@ def _unwrapped(weights: Weights) -> Weights:
 
 
 def _recognise(weights: Weights) -> tuple[Kind, Weights]:
-    """The kind of agent, and what it acts with under our names; unknown names stay, to be complained of."""
+    """The kind of agent, and what it acts with under our names; other names stay, for `fit` to report."""
     for mark, (kind, layers, ignored) in FOREIGN_NAMES.items():
         if mark not in weights:
             continue
