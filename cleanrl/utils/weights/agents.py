@@ -79,10 +79,10 @@ class Agent:
     def temperatures(
         self, temperature: float, acts: Literal["auto", "argmax", "sample"]
     ) -> tuple[float, float]:
-        """The temperature at which Q-values stand for its policy, and the one at which it samples its actions.
+        """The temperature at which Q-values stand for its policy, and that at which it samples its actions.
 
-        The first is 0 unless its outputs are a policy, the second is 0 if it acts by argmax. With acts="auto"
-        an actor-critic samples, as it did in training.
+        The first is 0 unless its outputs are a policy, the second is 0 if it acts by argmax. With "auto" an
+        actor-critic samples, as it did in training.
         """
         samples = acts == "sample" or (acts == "auto" and self.is_policy)
         return (temperature if self.is_policy else 0.0), (temperature if samples else 0.0)
