@@ -35,7 +35,7 @@ class Args:
     include_unfinished: bool = False
     """also use unfinished runs"""
     last_games: PositiveInt = 10
-    """games at the end of a run whose mean return is its score; also the window of the curves' mean"""
+    """games at the end of training whose mean return is shown; also the window of the curves' mean"""
     bootstrap_samples: PositiveInt = 2000
     """resamples for each interval"""
     bootstrap_seed: NonNegativeInt = 1

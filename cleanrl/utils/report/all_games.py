@@ -37,13 +37,13 @@ def over_all_games(groups: Sequence[Group], args: Any, folder: Path) -> list[Blo
     """Interquartile means and probabilities of improvement, with their intervals."""
     scores: Scores = defaultdict(dict)
     for game, experiment, runs in groups:
-        of_runs = over_runs(runs, partial(score, last_games=args.last_games))
+        of_runs = over_runs(runs, score)
         if of_runs:
             scores[experiment][game] = np.array(of_runs)
     scores = dict(sorted(scores.items()))
     heading = Heading(2, "Over all games")
     if not scores:
-        return [heading, Paragraph("No run has finished a game in training, so there is nothing to compare.")]
+        return [heading, Paragraph("No run has a final evaluation, so there is nothing to compare.")]
     units = {"human-normalised": HUMAN_SCORES, "random-normalised": teachers_above_random(groups)}
     interval = partial(estimate, num_resamples=args.bootstrap_samples, seed=args.bootstrap_seed)
     means_table, panels = interquartile_means(scores, units, interval, looks_of(groups))
@@ -58,6 +58,7 @@ def over_all_games(groups: Sequence[Group], args: Any, folder: Path) -> list[Blo
         draw_estimates(folder / "over-all-games.png", panels)
         blocks.append(Picture("over-all-games.png", "Interquartile means and probabilities of improvement"))
     explanations = [
+        "A score is the mean return of a run's final evaluation.",
         "IQM: the interquartile mean, over the scores of all runs of all games without the lowest and the"
         " highest quarter.",
         "Human-normalised: (score − random player's) / (human's − random player's).",
@@ -118,7 +119,10 @@ def improvements(
         if shared:
             samples = [scores[experiment][game] for game in shared for experiment in (x, y)]
             probability = interval(improvement_probability, samples)
-            table.rows.append([x, y, ", ".join(shared), str(probability)])
+            games = ", ".join(
+                f"{game} ({len(scores[x][game])} and {len(scores[y][game])} runs)" for game in shared
+            )
+            table.rows.append([x, y, games, str(probability)])
             panel.rows.append((f"{x}\n> {y}", probability, looks[x]))
     return table, panel
 

@@ -24,12 +24,13 @@ from cleanrl.utils.report.statistics import (
     Spread,
     group_runs,
     looks_of,
-    mean_value,
     over_runs,
+    range_text,
     score,
     spread,
     teacher_return,
     to_text,
+    training_return,
     unfinished_of,
 )
 from cleanrl.utils.run.charts import EPISODIC_RETURN, EVALUATION_RETURN
@@ -81,17 +82,19 @@ def summary(groups: Sequence[Group], found: Found) -> Paragraph:
 
 def results(groups: Sequence[Group], last_games: int) -> list[Block]:
     """The table of scores, beside published ones."""
-    head = ["game", "experiment", "seeds", "online steps", f"last {last_games} games", "final evaluation"]
+    in_training = f"last {last_games} games in training"
+    head = ["game", "experiment", "seeds", "online steps", "final evaluation", "games", in_training]
     rows = []
     for game, experiment, runs in groups:
-        steps = [run.online_steps for run in runs]
         is_qdagger = any(run.is_qdagger for run in runs)
         teacher = teacher_return(runs)
         published = [of_games.get(game) if is_qdagger else None for of_games in PUBLISHED.values()]
         cells = [
-            spread(over_runs(runs, partial(score, last_games=last_games))),
-            spread(over_runs(runs, partial(mean_value, tag=EVALUATION_RETURN))),
+            spread(over_runs(runs, score)),
+            range_text([len(run.curves[EVALUATION_RETURN].steps) for run in runs]),
+            spread(over_runs(runs, partial(training_return, last_games=last_games))),
             None if teacher is None else to_text(teacher),
+            None if teacher is None else range_text([run.teacher_games for run in runs]),
             *(of_game and Spread(*of_game) for of_game in published),
         ]
         rows.append(
@@ -99,20 +102,23 @@ def results(groups: Sequence[Group], last_games: int) -> list[Block]:
                 game,
                 experiment,
                 str(len(runs)) + unfinished_of(runs),
-                f"{min(steps):,}" + (f" to {max(steps):,}" if min(steps) < max(steps) else ""),
+                range_text([run.online_steps for run in runs]),
                 *(NONE if cell is None else str(cell) for cell in cells),
             ]
         )
     explanations = [
-        f"Last {last_games} games: a run's score, the mean return of the last games it finished in training.",
-        "Final evaluation: the mean return of the games it played after training.",
+        "Final evaluation: a run's score, the mean return of the games it played after training; which ones"
+        " was fixed beforehand. Games: how many each run played.",
+        f"Last {last_games} games in training: only of runs that finished that many. They favour short games:"
+        " where those are the won ones, as in Pong, the mean is too high, and where they are the lost ones,"
+        " too low.",
         "Both are the mean over seeds ± their sample standard deviation (n − 1), which a single seed lacks.",
-        "Teacher: its mean return in the games it played first.",
+        "Teacher: its mean return in the games each run let it play first; its games: how many.",
         "Returns are of whole games, rewards unclipped; online steps are environment steps of 4 frames.",
         "Published: QDagger's last episodic returns, mean ± standard deviation over 3 seeds (whether n or"
         " n − 1 was the divisor is not known).",
     ]
-    return [Heading(2, "Results"), Table([*head, "teacher", *PUBLISHED], rows), Bullets(explanations)]
+    return [Heading(2, "Results"), Table([*head, "teacher", "its games", *PUBLISHED], rows), Bullets(explanations)]
 
 
 def runs_and_notes(found: Found, last_games: int) -> list[Block]:

@@ -1,7 +1,6 @@
 """The learning curves of a report: each game over the plotted step, and QDagger beside DQN."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,15 @@ from cleanrl.utils.report.statistics import (
     Group,
     looks_of,
     mean_curve,
-    mean_value,
     online_curve,
     over_runs,
+    score,
     spread,
     teacher_return,
     to_text,
     unfinished_of,
 )
-from cleanrl.utils.run.charts import EVALUATION_RETURN, OFFLINE_RETURN
+from cleanrl.utils.run.charts import OFFLINE_RETURN
 
 
 def learning_curves(groups: Sequence[Group], last_games: int, folder: Path) -> list[Block]:
@@ -91,7 +90,7 @@ def environment_series(group: Group, last_games: int, look: int) -> Series:
 def series(
     group: Group, last_games: int, look: int, offline: list[Curve], shift: Callable[[RunResults], int]
 ) -> Series:
-    final = spread(over_runs(group.runs, partial(mean_value, tag=EVALUATION_RETURN)))
+    final = spread(over_runs(group.runs, score))
     return Series(
         f"{group.experiment}, {count(len(group.runs), 'seed')}{unfinished_of(group.runs)}",
         look,

@@ -64,6 +64,8 @@ class RunResults:
     """gradient steps before the first online point of a curve"""
     teacher_steps: int
     """environment steps the teacher played in this run; 0 if it learned from a saved replay"""
+    teacher_games: int
+    """games over which the teacher's return was measured; 0 without a teacher"""
     curves: dict[str, Curve]
     """by tag, all of TAGS, over the plotted step"""
     unfinished: str | None
@@ -179,6 +181,7 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
     try:
         offline_steps = int(options["offline_steps"]) if is_qdagger else 0
         teacher_steps = teacher_steps_played(options) if is_qdagger else 0
+        teacher_games = int(options.get("teacher_eval_episodes", 0))
         games_to_play = int(options.get("eval_episodes", 1))
     except (KeyError, ValueError) as fault:
         raise UnusableError(f"damaged: its options are invalid ({fault})") from None
@@ -197,6 +200,7 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
         is_qdagger=is_qdagger,
         offline_steps=offline_steps,
         teacher_steps=teacher_steps,
+        teacher_games=teacher_games,
         curves=curves,
         unfinished=unfinished,
         faults=faults,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cleanrl.utils.report.runs import Curve, RunResults
-from cleanrl.utils.run.charts import EPISODIC_RETURN, TEACHER_RETURN
+from cleanrl.utils.run.charts import EPISODIC_RETURN, EVALUATION_RETURN, TEACHER_RETURN
 
 CONFIDENCE = 0.95
 CURVE_POINTS = 500
@@ -86,15 +86,26 @@ def over_runs(runs: Iterable[RunResults], number: Callable[[RunResults], float |
     return [value for value in map(number, runs) if value is not None]
 
 
-def score(run: RunResults, last_games: int) -> float | None:
-    """The mean return of the last games a run finished online, or of all if there are fewer."""
-    returns = run.curves[EPISODIC_RETURN].values[-last_games:]
-    return float(returns.mean()) if len(returns) else None
-
-
 def mean_value(run: RunResults, tag: str) -> float | None:
     """The mean of all points of a curve."""
     return float(run.curves[tag].values.mean()) if run.has(tag) else None
+
+
+def score(run: RunResults) -> float | None:
+    """The mean return of the games of the final evaluation."""
+    return mean_value(run, EVALUATION_RETURN)
+
+
+def training_return(run: RunResults, last_games: int) -> float | None:
+    """The mean return of the last games a run finished in training; None if it finished fewer."""
+    returns = run.curves[EPISODIC_RETURN].values[-last_games:]
+    return float(returns.mean()) if len(returns) == last_games else None
+
+
+def range_text(numbers: Sequence[int]) -> str:
+    """One number if all are the same, else the least and the greatest."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" + (f" to {most:,}" if least < most else "")
 
 
 def teacher_return(runs: Iterable[RunResults]) -> float | None:
