@@ -9,7 +9,6 @@ that. It saves a teacher for QDagger: the network (`--save-model`) and its last 
 import os
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +54,7 @@ class Args(RunOptions):
     start_e: Fraction = 1.0
     """epsilon at the start"""
     end_e: Fraction = 0.01
-    """epsilon at the end and in the evaluation"""
+    """epsilon at the end and in every evaluation"""
     exploration_fraction: Fraction = 0.10
     """fraction of total_timesteps over which epsilon falls"""
     learning_starts: NonNegativeInt = 80_000
@@ -63,7 +62,9 @@ class Args(RunOptions):
     train_frequency: PositiveInt = 4
     """environment steps per gradient step"""
     eval_episodes: PositiveInt = 10
-    """games in the evaluation at the end"""
+    """games in each evaluation"""
+    eval_frequency: NonNegativeInt = 0
+    """environment steps between evaluations, the best network of which is kept; 0: only one, at the end"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, for QDagger's --teacher-replay-path"""
 
@@ -181,25 +182,6 @@ class FireReset(gym.Wrapper):
         return observation, reset_info
 
 
-class FrameStack(gym.Wrapper):
-    """The last 4 frames, oldest first; after a reset the first frame fills the stack."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.frames = deque(maxlen=4)
-
-    def reset(self, **kwargs):
-        frame, info = self.env.reset(**kwargs)
-        self.frames.extend([frame] * 4)
-        return np.stack(self.frames), info
-
-    def step(self, action):
-        frame, reward, terminated, truncated, info = self.env.step(action)
-        self.frames.append(frame)
-        return np.stack(self.frames), reward, terminated, truncated, info
-
-
 def make_env(
     env_id: str,
     repeat_action_probability: float = 0.0,
@@ -228,7 +210,7 @@ def make_env(
         env = FireReset(env)
     env = gym.wrappers.TransformReward(env, np.sign)
     env = gym.wrappers.ResizeObservation(env, (84, 84))  # by area interpolation
-    return FrameStack(env)
+    return gym.wrappers.FrameStackObservation(env, 4)  # oldest first; after a reset the first frame fills it
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -288,6 +270,7 @@ class TrainState:
     replay: ReplayBuffer
     step: int = 0  # environment steps
     learned_step: int = 0  # the last of these for which all learning is done
+    evaluated_step: int = 0  # that of the last evaluation
     gradient_steps: int = 0
     seconds: float = 0.0  # of training
 
@@ -374,6 +357,10 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
         exploration_steps = args.exploration_fraction * args.total_timesteps
         while state.step < args.total_timesteps:
             run.checkpoint()
+            if 0 < args.eval_frequency <= state.step - state.evaluated_step:
+                run.keep_if_best(evaluate(args, state, run))
+                start_time = time.monotonic() - state.seconds
+                continue
             steps = state.step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, steps)
             actions = explore(state.rng, epsilon, compute_q_values(state.q_network, envs.observations))
@@ -390,6 +377,16 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
                 values = {"charts/epsilon": epsilon[-1], "charts/SPS": state.step / state.seconds}
                 run.plot(values, state.step)
     learn_online(args, state, run)
+
+
+def evaluate(args: Args, state: TrainState, run: TrainingRun) -> float:
+    """The network's mean return with ε = `end_e`."""
+    player = partial(compute_q_values, state.q_network)
+    mean_return = float(np.mean(run.play(f"online-{state.step}", player, args.eval_episodes, state.step)))
+    run.plot({"charts/online/avg_episodic_return": mean_return}, state.step)
+    run.say(f"step {state.step:,}: mean return {mean_return:.2f}")
+    state.evaluated_step = state.step
+    return mean_return
 
 
 def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:

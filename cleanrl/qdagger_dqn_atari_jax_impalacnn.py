@@ -7,9 +7,9 @@ offline, (3) the student plays and learns online while the teacher's influence f
     python cleanrl/qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
 
+import shlex
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,14 +83,14 @@ class Args(TeacherOptions):
     """games over which the teacher's return is measured"""
     teacher_steps: PositiveInt = 500_000
     """environment steps the teacher plays into its buffer, while epsilon falls from start_e to end_e"""
-    teacher_replay_path: Path | None = None
-    """learn offline from this folder, saved with dqn_atari's --save-replay, instead of from new play"""
 
     # distillation
     offline_steps: NonNegativeInt = 500_000
     """gradient steps of the offline phase"""
     offline_eval_frequency: PositiveInt = 100_000
     """offline gradient steps between evaluations of the student; one more at the end of the phase"""
+    online_eval_frequency: NonNegativeInt = 0
+    """online environment steps between evaluations of the student, the best of which is kept; 0: none"""
     eval_episodes: PositiveInt = 10
     """games in each evaluation of the student"""
     temperature: PositiveFloat = 1.0
@@ -103,9 +103,23 @@ class Args(TeacherOptions):
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
 
 
+TEACHERS = shlex.quote(str(Path(__file__).parent / "teachers"))
+PRESETS = {  # what --preset stands for; options beside it win
+    "quick": (
+        f"--env-id PongNoFrameskip-v4 --teacher-model-path {TEACHERS}/PongNoFrameskip-v4.safetensors"
+        " --teacher-steps 15000 --start-e 0.3 --offline-steps 2000 --offline-eval-frequency 1000"
+    ),
+    "paper": (  # Agarwal et al. (2022)
+        "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"
+        " --final-learning-rate 1e-5 --target-network-frequency 8000 --exploration-steps 50000"
+        " --learning-starts 20000 --offline-steps 1000000 --temperature 0.1 --distill-weight 3.0"
+        " --distill-steps 1500000 --return-normalization random"
+    ),
+}
+
 if __name__ == "__main__":  # before the imports below, which take seconds
     exit_on_ctrl_c()
-    ARGS = read_arguments(Args)
+    ARGS = read_arguments(Args, PRESETS)
 
 import cv2
 import flax.linen as nn
@@ -220,25 +234,6 @@ class FireReset(gym.Wrapper):
         return observation, reset_info
 
 
-class FrameStack(gym.Wrapper):
-    """The last 4 frames, oldest first; after a reset the first frame fills the stack."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.frames = deque(maxlen=4)
-
-    def reset(self, **kwargs):
-        frame, info = self.env.reset(**kwargs)
-        self.frames.extend([frame] * 4)
-        return np.stack(self.frames), info
-
-    def step(self, action):
-        frame, reward, terminated, truncated, info = self.env.step(action)
-        self.frames.append(frame)
-        return np.stack(self.frames), reward, terminated, truncated, info
-
-
 def make_env(
     env_id: str,
     repeat_action_probability: float = 0.0,
@@ -267,7 +262,7 @@ def make_env(
         env = FireReset(env)
     env = gym.wrappers.TransformReward(env, np.sign)
     env = gym.wrappers.ResizeObservation(env, (84, 84))  # by area interpolation
-    return FrameStack(env)
+    return gym.wrappers.FrameStackObservation(env, 4)  # oldest first; after a reset the first frame fills it
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -478,7 +473,7 @@ class TrainState:
     recent_returns: list[float] = field(default_factory=list)  # of the last RECENT_GAMES online games
     teacher_step: int = 0  # environment steps that the teacher has played
     offline_step: int = 0  # gradient steps, offline
-    evaluated_step: int = 0  # the offline step of the last evaluation
+    evaluated_step: int = 0  # the plotted step of the student's last evaluation
     online_step: int = 0  # environment steps, online
     learned_step: int = 0  # the last of these for which all learning is done
     gradient_steps: int = 0  # offline and online
@@ -584,8 +579,8 @@ def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) 
 
 def evaluate_teacher(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
     """Measures G_T, and refuses a teacher for which λ means nothing."""
-    play = partial(run.play, "teacher", partial(compute_q_values, teacher), args.teacher_eval_episodes)
-    returns = play(step=0, sampling_temperature=teacher.sampling_temperature)
+    player, num_games = partial(compute_q_values, teacher), args.teacher_eval_episodes
+    returns = run.play("teacher", player, num_games, 0, teacher.sampling_temperature)
     state.teacher_return = float(np.mean(returns))
     run.say(f"teacher: mean return {state.teacher_return:.2f}")
     run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, 0)
@@ -612,6 +607,16 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
             progress.update(args.num_envs)
 
 
+def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str, step: int) -> float:
+    """The student's mean return at the plotted step `step`, with ε = `end_e`."""
+    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.student), args.eval_episodes, step)
+    mean_return = float(np.mean(returns))
+    run.plot({f"charts/{name}/avg_episodic_return": mean_return}, step)
+    run.say(f"{name}, step {step:,}: mean return {mean_return:.2f}")
+    state.evaluated_step = step
+    return mean_return
+
+
 def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
     """Phase 2: the student learns from the teacher's replay, with λ = 1."""
     with run.progress("offline", state.offline_step, args.offline_steps, "updates") as progress:
@@ -621,11 +626,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
             if is_due and state.offline_step > state.evaluated_step:
                 run.save_model(state.student, "-offline")
-                player, name = partial(compute_q_values, state.student), f"offline-{state.offline_step}"
-                mean_return = float(np.mean(run.play(name, player, args.eval_episodes, state.offline_step)))
-                run.plot({"charts/offline/avg_episodic_return": mean_return}, state.offline_step)
-                run.say(f"gradient step {state.offline_step:,}: mean return {mean_return:.2f}")
-                state.evaluated_step = state.offline_step
+                evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
             frequencies = (LOSS_INTERVAL, args.target_network_frequency, args.offline_eval_frequency)
             steps_left = (every - state.offline_step % every for every in (*frequencies, args.offline_steps))
@@ -670,6 +671,11 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
         start_time = time.monotonic() - state.online_seconds
         while state.online_step < args.total_timesteps:
             run.checkpoint()
+            plotted_step = args.offline_steps + state.online_step
+            if 0 < args.online_eval_frequency <= plotted_step - state.evaluated_step:
+                run.keep_if_best(evaluate_student(args, state, run, "online", plotted_step))
+                start_time = time.monotonic() - state.online_seconds
+                continue
             q_values, teacher_q_values = compute_q_values((state.student, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             actions = explore(state.rng, epsilon, q_values)
@@ -678,7 +684,7 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
             step = envs.step_wait()
             state.student_replay.add(actions, step, teacher_q_values)
             for game in step.finished_games:
-                run.plot_game(game, args.offline_steps + state.online_step + game.env_index + 1)
+                run.plot_game(game, plotted_step + game.env_index + 1)
                 state.recent_returns = [*state.recent_returns, game.episodic_return][-RECENT_GAMES:]
             state.online_step += args.num_envs
             state.online_seconds = time.monotonic() - start_time

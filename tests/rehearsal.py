@@ -152,6 +152,7 @@ class NoRun:
     points: (step, value) by tag
     played: the names of the evaluations
     saved: for each saved model its file's suffix and the weights
+    candidates: the mean returns of the networks of which the best is to be kept
     seeds: of the environments of each phase
     games: those of the last phase
     checkpoints: how often one could have been made
@@ -164,6 +165,7 @@ class NoRun:
         self.played_temperatures: list[float] = []  # of each call of `play`
         self.played_q_values: list[float] = []  # of each call of `play`, for black frames
         self.saved: list[tuple[str, Weights]] = []
+        self.candidates: list[float] = []
         self.seeds: list[Sequence[int]] = []
         self.checkpoints = 0
 
@@ -203,6 +205,9 @@ class NoRun:
         self.played_temperatures.append(sampling_temperature)
         self.played_q_values.append(compute_q_values(np.zeros((1, 4, 84, 84), np.uint8)).max().item())
         return [0.5]
+
+    def keep_if_best(self, mean_return: float) -> None:
+        self.candidates.append(mean_return)
 
     def save_model(self, network: Any, suffix: str = "") -> None:
         self.saved.append((suffix, weights(network)))

@@ -9,8 +9,8 @@ import typing
 import pytest
 from both_scripts import is_qdagger, name_of, run_python
 
-from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
-from cleanrl.utils.command_line import check_arguments, describe_options
+from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
+from cleanrl.utils.command_line import check_arguments, describe_options, parse_arguments
 from cleanrl.utils.run.options import MAY_CHANGE
 
 PUBLISHED = {
@@ -57,9 +57,33 @@ def test_the_defaults_are_the_published_ones(script, capsys):
 
 def test_an_option_that_qdagger_and_dqn_share_has_the_same_default():
     dqn, qdagger = vars(dqn_atari.Args()), vars(qdagger_dqn_atari_impalacnn.Args())
-    assert dqn.keys() - qdagger.keys() == {"save_replay"}
+    assert dqn.keys() - qdagger.keys() == {"save_replay", "eval_frequency"}
     shared = dqn.keys() & qdagger.keys() - {"exp_name"}
     assert {name: dqn[name] for name in shared} == {name: qdagger[name] for name in shared}
+
+
+@pytest.mark.parametrize("script", [qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn])
+def test_a_preset_gives_other_defaults_and_an_option_beside_it_wins(script, monkeypatch):
+    def parsed(*words: str) -> dict[str, object]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        return vars(parse_arguments(script.Args, script.PRESETS))
+
+    of_preset = typing.get_args(typing.get_args(typing.get_type_hints(script.Args)["preset"])[0])
+    assert set(of_preset) == set(script.PRESETS)
+    paper = parsed("--preset", "paper")
+    # What ../docs/qdagger.md lists, and nothing else.
+    assert {name: value for name, value in paper.items() if value != vars(script.Args())[name]} == {
+        "preset": "paper", "n_step": 3, "temperature": 0.1, "distill_weight": 3.0, "distill_steps": 1_500_000,
+        "offline_steps": 1_000_000, "learning_starts": 20_000, "target_network_frequency": 8000,
+        "td_loss": "huber", "adam_epsilon": 1.5e-4, "final_learning_rate": 1e-5, "exploration_steps": 50_000,
+        "repeat_action_probability": 0.25, "return_normalization": "random", "dense_width": 512,
+    }  # fmt: skip
+    for words in (("--preset", "paper", "--n-step", "2"), ("--n-step", "2", "--preset", "paper")):
+        assert parsed(*words) == paper | {"n_step": 2}
+    quick = parsed("--preset", "quick")
+    assert quick["env_id"] == "PongNoFrameskip-v4"
+    assert quick["teacher_model_path"].is_file()
+    assert parsed("--preset", "quick", "--seed", "3") == quick | {"seed": 3}
 
 
 def test_every_number_has_bounds(script):

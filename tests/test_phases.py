@@ -161,6 +161,23 @@ def test_the_student_is_evaluated_and_saved_while_it_learns_offline():
     assert happened.run.played_q_values == numbers  # the student plays, not its target network
 
 
+def test_the_network_is_evaluated_online_as_often_as_it_is_said(algorithm):
+    """With 3 environments the first steps at or after which 50 are over are 51, 102, 153 and 204."""
+    name = "online_eval_frequency" if is_qdagger(algorithm) else "eval_frequency"
+    never = rehearse(algorithm, 3)
+    assert not any(played.startswith("online") for played in never.run.played)
+    happened = rehearse(algorithm, 3, **{name: 50})
+    before = 30 if is_qdagger(algorithm) else 0
+    steps = [before + step for step in (51, 102, 153, 204)]
+    assert [played for played in happened.run.played if "offline" not in played] == [
+        f"online-{step}" for step in steps
+    ]
+    assert happened.points["charts/online/avg_episodic_return"] == [(step, 0.5) for step in steps]
+    assert happened.run.candidates == [0.5] * 4
+    assert happened.points["losses/td_loss"] == never.points["losses/td_loss"]  # it changes nothing else
+    assert happened.actions == never.actions
+
+
 def test_a_checkpoint_can_be_made_before_every_step_and_call(algorithm):
     happened = rehearse(algorithm, 8, loss_interval=100)
     steps = 240 // 8 + (48 // 8 + 30 if is_qdagger(algorithm) else 0)

@@ -75,7 +75,9 @@ def test_the_report_of_the_kept_runs(pong):
         "qdagger_dqn_atari_jax_impalacnn": "11.20 | 5 | – | 19.40 | 10 |",
     }.items():
         assert f"| Pong | {script} | 1 | 16,000 | {numbers}" in markdown
-    assert re.search(r"\| dqn_atari \| 1 \(1 unfinished\) \| 292,\d+ \| – \| 0 \| −20.60 \| – \| – \|", markdown)
+    assert re.search(
+        r"\| dqn_atari \| 1 \(1 unfinished\) \| 292,\d+ \| – \| 0 \| −20.60 \| – \| – \|", markdown
+    )
     assert "finished 5 games in training, fewer than 10" in markdown
     for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
         assert (folder / name).is_file()

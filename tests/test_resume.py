@@ -26,9 +26,10 @@ QDAGGER_STOPS = [
     ("offline_step", 4),  # while the student is evaluated
     ("online_step", 2),
     ("online_step", 30),
+    ("online_step", 40),  # while the student is evaluated
     ("online_step", 60),  # in the final evaluation
 ]
-DQN_STOPS = [("step", 0), ("step", 6), ("step", 30), ("step", 48), ("step", 60)]
+DQN_STOPS = [("step", 0), ("step", 6), ("step", 30), ("step", 40), ("step", 48), ("step", 60)]
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_a_run_that_is_stopped_in_every_phase_ends_as_an_uninterrupted_one(tiny,
     def start(folder: str, *options: str) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        options = (*tiny_options(name_of(tiny)), "--checkpoint-interval", "0", *options)
+        frequency = "--online-eval-frequency" if is_qdagger(tiny) else "--eval-frequency"
+        options = (*tiny_options(name_of(tiny)), "--checkpoint-interval", "0", frequency, "40", *options)
         monkeypatch.setattr(sys, "argv", [tiny.__file__, *options])
         tiny.main(tiny.read_arguments(tiny.Args))
 
@@ -76,7 +78,7 @@ def test_a_run_that_is_stopped_in_every_phase_ends_as_an_uninterrupted_one(tiny,
     start("stopped", "--resume", "auto")
 
     if is_qdagger(tiny):
-        phases = ["teacher"] * 3 + ["offline"] * 2 + ["online"] * 3
+        phases = ["teacher"] * 3 + ["offline"] * 2 + ["online"] * 4
         assert [state["phase"] for state in where] == phases
         assert where[0]["teacher_return"] is None
         assert where[4]["evaluated_step"] < where[4]["offline_step"] == 4

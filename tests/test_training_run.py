@@ -255,6 +255,31 @@ def test_the_end_says_what_came_of_it_also_after_a_resumption(capsys, monkeypatc
     ]
 
 
+def test_the_best_network_of_the_evaluations_is_kept(monkeypatch, capsys):
+    """Also beyond a resumption; without an evaluation online there is none but the last."""
+    monkeypatch.setattr(Args, "end_e", 0.0, raising=False)
+    saved = []
+    monkeypatch.setattr(training_run, "save_weights", lambda path, network: saved.append(path.name))
+    with killed_run() as run:
+        for mean_return in (3.0, 7.0, 7.0, 5.0):
+            run.keep_if_best(mean_return)
+        run.checkpoint()
+    assert saved == ["test-best.cleanrl_model"] * 2
+    with start(resume=str(run.folder)) as resumed:
+        resumed.keep_if_best(6.0)
+        resumed.finish([7.0, 6.0])
+    assert len(saved) == 2
+    assert "(best 7.00)\n" in (said := capsys.readouterr().out)
+    assert f"best: {run.folder}/test-best.cleanrl_model\n" in said
+    with start() as another:
+        another.keep_if_best(-3.0)
+        another.finish([-2.0])
+    assert len(saved) == 4
+    with start() as without:
+        without.finish([9.0])
+    assert len(saved) == 4
+
+
 def test_the_progress_bar_shows_the_newest_return_and_coefficient(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     with start() as run, run.progress("online", 0, 10, "steps") as bar:

@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import re
+import shlex
 import sys
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -40,8 +42,11 @@ def describe_options(args_type: type) -> dict[str, Option]:
     return {field.name: found[field.name] for field in dataclasses.fields(args_type)}
 
 
-def parse(args_type: type[Args], default: Args | None = None) -> Args:
-    """The command line as an `args_type`; --help shows its module's docstring and the options in groups."""
+def parse(args_type: type[Args], default: Args | None = None, words: Sequence[str] | None = None) -> Args:
+    """Words, or the command line, as an `args_type`.
+
+    --help shows its module's docstring and the options in groups.
+    """
     types = typing.get_type_hints(args_type, include_extras=True)
     options = describe_options(args_type)
     groups: dict[str, list[tuple]] = {}
@@ -62,18 +67,22 @@ def parse(args_type: type[Args], default: Args | None = None) -> Args:
             (name, group) if needs_a_value else (name, group, dataclasses.field(default_factory=group))
         )
     grouped_type = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Options", members)]
-    grouped = tyro.cli(grouped_type, description=sys.modules[args_type.__module__].__doc__)
+    grouped = tyro.cli(grouped_type, args=words, description=sys.modules[args_type.__module__].__doc__)
     values = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
     return args_type(**values)
 
 
-def read_arguments(args_type: type[Args]) -> Args:
+def read_arguments(args_type: type[Args], presets: Mapping[str, str] | None = None) -> Args:
     """A training script's command line, once it makes sense and the services that it names will take the run.
+
+    Args:
+        args_type: the script's options.
+        presets: the options that each --preset stands for, as on a command line.
 
     Raises:
         SystemExit: with a one-line error, if it does not or they will not.
     """
-    args = check_arguments(parse_arguments(args_type))
+    args = check_arguments(parse_arguments(args_type, presets))
     if args.track or args.upload_model:
         from cleanrl.utils.run.services import check_services  # its imports take half a second
 
@@ -81,8 +90,8 @@ def read_arguments(args_type: type[Args]) -> Args:
     return args
 
 
-def parse_arguments(args_type: type[Args]) -> Args:
-    """A training script's command line; if it names a run to resume, that run's options are the defaults.
+def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = None) -> Args:
+    """A training script's command line; it comes after the options of its preset, or of the run it resumes.
 
     `--resume auto` becomes the newest unfinished run of the experiment and seed, or none if there is none.
 
@@ -90,6 +99,8 @@ def parse_arguments(args_type: type[Args]) -> Args:
         SystemExit: with a one-line error, if that run has no usable checkpoint.
     """
     args = parse(args_type)
+    if preset := getattr(args, "preset", None):
+        args = parse(args_type, words=[*shlex.split(presets[preset]), *sys.argv[1:]])
     if args.resume is None:
         return args
     run_folder = args.resume

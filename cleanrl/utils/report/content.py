@@ -118,7 +118,11 @@ def results(groups: Sequence[Group], last_games: int) -> list[Block]:
         "Published: QDagger's last episodic returns, mean ± standard deviation over 3 seeds (whether n or"
         " n − 1 was the divisor is not known).",
     ]
-    return [Heading(2, "Results"), Table([*head, "teacher", "its games", *PUBLISHED], rows), Bullets(explanations)]
+    return [
+        Heading(2, "Results"),
+        Table([*head, "teacher", "its games", *PUBLISHED], rows),
+        Bullets(explanations),
+    ]
 
 
 def runs_and_notes(found: Found, last_games: int) -> list[Block]:

@@ -2,6 +2,7 @@
 
 TEACHER_RETURN = "charts/teacher/avg_episodic_return"
 OFFLINE_RETURN = "charts/offline/avg_episodic_return"
+ONLINE_RETURN = "charts/online/avg_episodic_return"
 EPISODIC_RETURN = "charts/episodic_return"
 DISTILL_COEFF = "charts/distill_coeff"
 EPSILON = "charts/epsilon"
@@ -11,6 +12,7 @@ FINAL_RETURN = "eval/avg_episodic_return"
 TAGS = {
     TEACHER_RETURN: "mean return of the teacher's evaluation games",
     OFFLINE_RETURN: "mean return of the student's evaluation games, offline",
+    ONLINE_RETURN: "mean return of the evaluation games, online",
     EPISODIC_RETURN: "return of a finished game, unclipped",
     "charts/episodic_length": "its length in emulator frames",
     "charts/offline/loss": "TD loss plus weighted distillation loss",
@@ -30,7 +32,9 @@ TAGS = {
 RESULTS = [FINAL_RETURN, TEACHER_RETURN, OFFLINE_RETURN]  # TensorBoard's page "HParams"
 
 CHARTS = {  # TensorBoard's page "Custom Scalars": sections, their charts, each chart's tags
-    "returns": {"teacher, offline and online": [TEACHER_RETURN, OFFLINE_RETURN, EPISODIC_RETURN]},
+    "returns": {
+        "teacher, offline and online": [TEACHER_RETURN, OFFLINE_RETURN, ONLINE_RETURN, EPISODIC_RETURN]
+    },
     "losses, offline and online": {
         "TD loss": ["charts/offline/q_loss", "losses/td_loss"],
         "distillation loss": ["charts/offline/distill_loss", "losses/distill_loss"],
@@ -41,7 +45,7 @@ CHARTS = {  # TensorBoard's page "Custom Scalars": sections, their charts, each 
     "speed": {"environment steps per second": ["charts/SPS"]},
 }
 DQN_CHARTS = {
-    "returns": {"finished games": [EPISODIC_RETURN]},
+    "returns": {"games": [ONLINE_RETURN, EPISODIC_RETURN]},
     "losses": {"TD loss": ["losses/td_loss"], "mean of Q(s, a)": ["losses/q_values"]},
     "ε": {"ε": [EPSILON]},
     "speed": {"environment steps per second": ["charts/SPS"]},

@@ -1,8 +1,9 @@
 """Options that training scripts share, and which options may change when a run is resumed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cleanrl.utils.bounds import Name, NonNegativeFloat, Seed
 
@@ -22,6 +23,20 @@ MAY_CHANGE = {
     "cuda_graphs",
     "buffer_device",
 }
+
+
+def check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks the options with which a run is resumed against those that it had.
+
+    Raises:
+        SystemExit: with a one-line error that names one that must not change.
+    """
+    for name, value in now.items():
+        if name not in MAY_CHANGE and value != before.get(name):
+            raise SystemExit(
+                f"error: --{name.replace('_', '-')} is {value}, but {folder} has {before.get(name)};"
+                " leave the option out, or start again without --resume"
+            )
 
 
 @dataclass
@@ -63,7 +78,11 @@ class RunOptions:
 
 @dataclass
 class TeacherOptions(RunOptions):
-    """Where QDagger's teacher comes from, and how it plays."""
+    """Sets of options by name; where QDagger's teacher comes from, and how it plays."""
+
+    # run
+    preset: Literal["quick", "paper"] | None = None
+    """other defaults: those of a first run on two CPU cores, or the paper's settings"""
 
     # teacher
     teacher_policy_hf_repo: str | None = None
@@ -76,3 +95,5 @@ class TeacherOptions(RunOptions):
     """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
     teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
     """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
+    teacher_replay_path: Path | None = None
+    """learn offline from this folder, saved with dqn_atari's --save-replay, instead of from new play"""

@@ -21,6 +21,7 @@ def summary(args: Any, folder: Path, num_games: int, mean_returns: Mapping[str, 
     if args.save_model:
         lines += [
             f"model: {folder / args.exp_name}.cleanrl_model",
+            *([f"best: {folder / args.exp_name}-best.cleanrl_model"] if "best" in mean_returns else []),
             f"watch it play: python cleanrl/enjoy.py {shlex.quote(str(folder))}",
         ]
     return "\n".join([*lines, f"curves: tensorboard --logdir {folder.parent}"])

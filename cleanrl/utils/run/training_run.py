@@ -38,7 +38,7 @@ from cleanrl.utils.run.checkpoint import (
 )
 from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
-from cleanrl.utils.run.options import MAY_CHANGE
+from cleanrl.utils.run.options import check_unchanged
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import start_tracking
@@ -88,7 +88,7 @@ class TrainingRun:
             newest_checkpoint(self.folder)  # says why there is none
         self._lock = lock_run(self.folder)
         self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
-        self._mean_returns: dict[str, float] = {}  # of the newest evaluation of the teacher, offline, final
+        self._mean_returns: dict[str, float] = {}  # of the newest evaluations by name, and "best"
         resumed = self._resume() if args.resume else None
         self._checkpoints = CheckpointWriter(self.folder, resumed)
         self._next_checkpoint = 0.0  # the first one is due at once
@@ -114,13 +114,7 @@ class TrainingRun:
             raise SystemExit(
                 f"error: --resume {self.folder} is a run of {resumed.script}.py, not of {self.script.name}"
             )
-        for name, value in self.options.items():
-            before = resumed.options.get(name)
-            if name not in MAY_CHANGE and value != before:
-                raise SystemExit(
-                    f"error: --{name.replace('_', '-')} is {value}, but {self.folder} has {before};"
-                    " leave the option out, or start again without --resume"
-                )
+        check_unchanged(self.folder, resumed.options, self.options)
         saved = resumed.read_state()
         try:
             restore(self.state, saved["state"])
@@ -304,9 +298,17 @@ class TrainingRun:
             self._write_values()  # says at which step it went wrong
             save_weights(self.folder / f"{self.args.exp_name}{suffix}.cleanrl_model", network)
 
+    def keep_if_best(self, mean_return: float) -> None:
+        """Saves the network as {exp_name}-best.cleanrl_model, if no evaluation online returned as much."""
+        if mean_return > self._mean_returns.get("best", -math.inf):
+            self._mean_returns["best"] = mean_return
+            self.save_model(getattr(self.state, self.model), "-best")
+
     def finish(self, returns: Sequence[float]) -> None:
         """Takes the returns of the final evaluation's games."""
         self._final_returns, self._mean_returns["final"] = returns, float(np.mean(returns))
+        if "best" in self._mean_returns:
+            self.keep_if_best(self._mean_returns["final"])
         for game, episodic_return in enumerate(returns):
             self.plot({EVALUATION_RETURN: episodic_return}, game)
         self.plot({FINAL_RETURN: self._mean_returns["final"]}, self.state.gradient_steps)
