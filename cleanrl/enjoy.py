@@ -35,6 +35,7 @@ from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.hub.download import Advice, download, find_file
+from cleanrl.utils.run.folders import saved_model
 from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
 
@@ -89,12 +90,12 @@ def find_agent(args: Args) -> tuple[Path, str]:
         raise SystemExit(f"error: {fault}; use --env-id, as PongNoFrameskip-v4")
     count_actions(env_id)
     if os.path.isdir(path):  # False also for a name that no file can have
-        models = [file for file in path.glob("*.cleanrl_model") if not file.stem.endswith("-offline")]
-        if len(models) != 1:
+        model = saved_model(path)
+        if model is None:
             raise SystemExit(
                 f"error: {shown(path)} is not a folder of a run with one saved model; name the file itself"
             )
-        return models[0], env_id
+        return model, env_id
     if os.path.exists(path) or not REPO.fullmatch(args.agent) or path.parts[0] == "runs":
         return path, env_id
     file = args.hf_file or find_file(args.agent, args.hf_revision, advice=ADVICE)

@@ -41,6 +41,15 @@ def parse(monkeypatch: pytest.MonkeyPatch, *options: str) -> Args:
     return parse_arguments(Args)
 
 
+@pytest.mark.parametrize("value", ["a\nb", "a\x1b[2J", "\ud800"])
+def test_a_text_is_one_line(value):
+    with pytest.raises(
+        SystemExit, match="^error: --wandb-entity [^\n\x1b]+ must be one line of printable characters$"
+    ):
+        check_bounds(Args(wandb_entity=value))
+    check_bounds(Args(wandb_entity="größe é [x]"))
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -225,7 +225,7 @@ def test_the_repo_names_its_file_and_its_game(monkeypatch, repo, options, expect
 def test_a_runs_folder_has_its_agent_and_its_game(tmp_path):
     folder = tmp_path / f"{PONG}__mine__1__1700000000"
     folder.mkdir()
-    for name in ("mine.cleanrl_model", "mine-offline.cleanrl_model", "README.md"):
+    for name in ("mine.cleanrl_model", "mine-offline.cleanrl_model", "mine-best.cleanrl_model", "README.md"):
         (folder / name).touch()
     assert find_agent(Args(str(folder))) == (folder / "mine.cleanrl_model", PONG)
     (folder / "other.cleanrl_model").touch()

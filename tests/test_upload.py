@@ -1,5 +1,6 @@
 """--upload-model with the real huggingface_hub client, against a local server that keeps what arrives."""
 
+import html
 import re
 import shutil
 import tomllib
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cleanrl import dqn_atari, dqn_atari_jax
 from cleanrl.utils.command_line import check_arguments
-from cleanrl.utils.hub.card import command_line
+from cleanrl.utils.hub.card import as_text, command_line
 
 NAME = "PongNoFrameskip-v4-mine-seed3"
 TINY = [
@@ -69,18 +70,43 @@ def test_a_failure_at_the_end_loses_nothing_and_says_how_to_repeat_it(failed):
 
 
 @pytest.mark.slow
-def test_everything_about_a_model_arrives_unchanged(failed, server):
-    (failed.run_folder / "mine-offline.cleanrl_model").write_bytes(b"an older one")
-    outcome = upload(failed.folder, server)
+def test_everything_about_a_model_arrives_unchanged(failed, server, tmp_path):
+    """And nothing else that lies in its folder, or that a link there leads to."""
+    folder = shutil.copytree(failed.folder, tmp_path / "copy")
+    (run_folder,) = (folder / "runs").iterdir()
+    private = folder / "private"
+    private.mkdir()
+    (private / "game.mp4").write_bytes(b"private")
+    (private / "key.py").write_bytes(b"private")
+    foreign = [
+        "mine-offline.cleanrl_model",
+        "mine-best.cleanrl_model",
+        "notes.py",
+        ".hidden.py",
+        "videos/a.mp4",
+    ]
+    foreign += [
+        "videos/final/notes.txt",
+        "other/README.md",
+        "other/events.out.tfevents.1",
+        "other/mine.cleanrl_model",
+    ]
+    for name in foreign:
+        (run_folder / name).parent.mkdir(exist_ok=True)
+        (run_folder / name).write_bytes(b"not to be published")
+    (run_folder / "videos" / "linked").symlink_to(private)
+    (run_folder / "videos" / "final" / "linked.mp4").symlink_to(private / "game.mp4")
+    (run_folder / "events.out.tfevents.2").symlink_to(private / "key.py")
+    outcome = upload(folder, server)
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == f"uploaded: {server.url}/alice/{NAME}"
     (files,) = server.repos.values()
     assert list(server.repos) == [f"alice/{NAME}"]
-    (events,) = (path.name for path in failed.run_folder.glob("events.*"))
+    (events,) = (path.name for path in run_folder.glob("events.*") if not path.is_symlink())
     sources = {"dqn_atari.py": ROOT / "cleanrl" / "dqn_atari.py"}
     sources |= {name: ROOT / name for name in ("pyproject.toml", "poetry.lock")}
     from_run = ("README.md", "mine.cleanrl_model", events, "videos/final/game.mp4")
-    sources |= {name: failed.run_folder / name for name in from_run}
+    sources |= {name: run_folder / name for name in from_run}
     assert files.keys() == sources.keys()
     for name, path in sources.items():
         assert files[name][0] == path.read_bytes()
@@ -113,6 +139,14 @@ def test_the_card_has_the_real_result_and_how_to_get_it_again(failed):
     assert sorted(command.split()) == sorted(["1.0" if option == "1" else option for option in shown])
     for option, value in (("exp_name", "mine"), ("gamma", "0.99"), ("hf_entity", "alice")):
         assert f"| `{option}` | {value} |" in text
+
+
+def test_a_card_shows_options_as_they_are():
+    """No markup, neither HTML nor Markdown; the entities are resolved by Python's own reader of HTML."""
+    value = "a|b <img src=x onerror=alert(1)> [x](http://y) `*c*` ![i](j) é_ü & \\ 5.0e-04"
+    assert html.unescape(as_text(value)) == value
+    assert not set("<>|[]()`*!&\\") & set(re.sub("&#[0-9]+;", "", as_text(value)))
+    assert as_text(Path("runs/Pong__a-b__1/x.cleanrl_model")) == "runs/Pong__a-b__1/x.cleanrl_model"
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def _has_kind(value: Any, kind: Any) -> bool:
 
 
 def check_bounds(args: Any) -> None:
-    """Checks every option that has a value against the bounds in its type.
+    """Checks every option that has a value: a text is one line, others are within the bounds of their type.
 
     Raises:
         SystemExit: with a one-line error that names the option, its value and what it must be.
@@ -152,6 +152,8 @@ def check_bounds(args: Any) -> None:
             for bounds in getattr(part, "__metadata__", ()):
                 if isinstance(bounds, Bounds | NameRule) and value is not None and not bounds.admit(value):
                     refuse(name, value, f"must be {bounds}")
+        if isinstance(value, str) and not value.isprintable():  # it would become part of lines and of a card
+            refuse(name, value, "must be one line of printable characters")
 
 
 def check_arguments(args: Args) -> Args:

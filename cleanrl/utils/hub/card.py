@@ -21,6 +21,8 @@ class Card(NamedTuple):
 
     text: str
     repo_id: str
+    files: list[str]
+    """the run's model and script"""
 
 
 def repo_name(args: Any) -> str:
@@ -56,7 +58,7 @@ def write_card(folder: Path, repo_id: str, args: Any, script: Path, returns: Seq
             )
         ],
     )
-    options = "\n".join(f"| `{name}` | {value} |" for name, value in vars(args).items())
+    options = "\n".join(f"| `{name}` | {as_text(value)} |" for name, value in vars(args).items())
     text = f"""---
 {data.to_yaml()}
 ---
@@ -98,6 +100,11 @@ python cleanrl/enjoy.py {repo_id}
     write_durably(folder / "README.md", text.encode())
 
 
+def as_text(value: object) -> str:
+    """An option's value as Markdown that shows it as it is, and does nothing else."""
+    return re.sub(r"[^\w\s./:-]", lambda match: f"&#{ord(match[0])};", str(value))
+
+
 def read_card(folder: Path) -> Card:
     """Reads what `write_card` wrote.
 
@@ -108,11 +115,14 @@ def read_card(folder: Path) -> Card:
         card = ModelCard.load(folder / "README.md")
         name = re.escape(card.data.model_name)
         (repo_id,) = set(re.findall(rf"enjoy\.py (\S+/{name})$", card.content, re.MULTILINE))
+        files = re.findall(
+            r"^\| `([\w.-]+)` \| the (?:weights|script as it ran) \|$", card.content, re.MULTILINE
+        )
     except Exception:
         raise SystemExit(
             f"error: {folder} cannot be uploaded: it is not a finished run with --upload-model"
         ) from None
-    return Card(card.content, repo_id)
+    return Card(card.content, repo_id, files)
 
 
 def command_line(args: Any, script: Path) -> str:

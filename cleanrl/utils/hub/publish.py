@@ -5,7 +5,9 @@ Everything that is published lies in the run's folder, so a failed upload can be
     python -m cleanrl.utils.hub.publish runs/PongNoFrameskip-v4__qdagger_dqn_atari_impalacnn__1__1700000000
 """
 
+import glob
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -20,16 +22,7 @@ from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s
 from cleanrl.utils.signals import exit_on_ctrl_c
 from cleanrl.utils.storage import write_durably
 
-PUBLISHED = [
-    "README.md",
-    "*.cleanrl_model",
-    "*.py",
-    "pyproject.toml",
-    "poetry.lock",
-    "videos/*.mp4",
-    "events.out.tfevents.*",
-]
-NOT_PUBLISHED = ["*-offline.cleanrl_model", "checkpoints/*"]
+PUBLISHED = ["README.md", "pyproject.toml", "poetry.lock", "videos/*/*.mp4", "events.out.tfevents.*"]
 LEAST_BYTES_PER_S = 50_000  # an upload slower than this is given up
 
 
@@ -85,7 +78,8 @@ def upload(folder: Path, entity: str | None = None) -> None:
         raise SystemExit(f"{fault}; nothing is lost, upload it later with {again}") from None
     if repo_id != card.repo_id:
         write_durably(folder / "README.md", card.text.replace(card.repo_id, repo_id).encode())
-    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = files_to_publish(folder, card.files)
+    num_bytes = sum((folder / file).stat().st_size for file in files)
 
     def publish() -> None:
         api = HfApi()
@@ -93,8 +87,7 @@ def upload(folder: Path, entity: str | None = None) -> None:
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=PUBLISHED,
-            ignore_patterns=NOT_PUBLISHED,
+            allow_patterns=[glob.escape(file) for file in files],
             delete_patterns=["events.out.tfevents.*", "videos/*"],  # of an earlier run
             commit_message=f"Upload {folder.name}",
         )
@@ -106,6 +99,14 @@ def upload(folder: Path, entity: str | None = None) -> None:
     except Exception as error:
         refuse_upload(f"{_explain(error)}; nothing is lost, upload it later with {again}")
     print(f"uploaded: {constants.ENDPOINT}/{repo_id}")
+
+
+def files_to_publish(folder: Path, named: Sequence[str]) -> list[str]:
+    """Paths in a run's folder: of its `PUBLISHED` places, and of files `named` by its card; no links."""
+    found = {path for place in [*PUBLISHED, *map(glob.escape, named)] for path in folder.glob(place)}
+    root = folder.resolve()
+    files = (path.relative_to(folder) for path in sorted(found) if path.is_file())
+    return [file.as_posix() for file in files if (root / file).resolve() == root / file]
 
 
 def _explain(error: Exception) -> str:

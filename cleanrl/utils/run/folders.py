@@ -83,3 +83,11 @@ def unfinished_runs() -> list[Path]:
 def event_files(run_folder: Path) -> list[Path]:
     found = run_folder.glob("events.out.tfevents.*")
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def saved_model(run_folder: Path) -> Path | None:
+    """The model of a run's end beside those of its evaluations; None if there is no such one."""
+    models = {path.stem: path for path in run_folder.glob("*.cleanrl_model")}
+    of_evaluations = {f"{name}{suffix}" for name in models for suffix in ("-offline", "-best")}
+    found = models.keys() - of_evaluations
+    return models[found.pop()] if len(found) == 1 else None
