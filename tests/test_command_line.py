@@ -44,7 +44,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *options: str) -> Args:
 @pytest.mark.parametrize("value", ["a\nb", "a\x1b[2J", "\ud800"])
 def test_a_text_is_one_line(value):
     with pytest.raises(
-        SystemExit, match="^error: --wandb-entity [^\n\x1b]+ must be one line of printable characters$"
+        SystemExit, match=r"^error: --wandb-entity [^\n\x1b]+ must be one line of printable characters$"
     ):
         check_bounds(Args(wandb_entity=value))
     check_bounds(Args(wandb_entity="größe é [x]"))
