@@ -7,6 +7,7 @@ offline, (3) the student plays and learns online while the teacher's influence f
     python cleanrl/qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
 
+import copy
 import os
 import shlex
 import sys
@@ -50,6 +51,8 @@ class Args(TeacherOptions):
     """learning rate at distillation coefficient 0, interpolated between (the paper: 1e-5; default: same)"""
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
+    average_decay: Fraction = 0.0
+    """decay per gradient step of the moving average of the student's weights, which plays; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -439,6 +442,7 @@ class TrainState:
     """All that a run is. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
 
     student: StudentNetwork
+    player: StudentNetwork  # the moving average of the student
     target_network: StudentNetwork
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator  # of exploration and of drawing batches
@@ -463,15 +467,20 @@ class TrainState:
 def create_train_state(args: Args, num_actions: int, device: torch.device) -> TrainState:
     torch.manual_seed(args.seed)
     # Convolutions are a third faster in this memory format.
-    student, target_network = (
-        StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
-        for _ in range(2)
-    )
-    target_network.requires_grad_(False).load_state_dict(student.state_dict())
+    student = StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
+    player, target_network = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, **adam_options(device)}
     optimizer = torch.optim.Adam(student.parameters(), **settings)
     replays = plan_replays(args, num_actions, TorchFrames, device)
-    return TrainState(student, target_network, optimizer, np.random.default_rng(args.seed), *replays)
+    rng = np.random.default_rng(args.seed)
+    return TrainState(student, player, target_network, optimizer, rng, *replays)
+
+
+@torch.no_grad()
+def move(network: nn.Module, towards: nn.Module, weight: float) -> None:
+    """Interpolates the network's parameters; a weight of 1 makes a copy."""
+    for parameter, goal in zip(network.parameters(), towards.parameters(), strict=True):
+        parameter.lerp_(goal, weight)
 
 
 @OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
@@ -489,6 +498,7 @@ def update(
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
+    move(state.player, state.student, 1 - args.average_decay)
     mean_q_value = q_values.gather(1, batch.actions[:, None]).mean()
     losses = {"loss": loss, "td_loss": td, "distill_loss": distill, "q_values": mean_q_value}
     return {name: value.detach() for name, value in losses.items()}
@@ -511,10 +521,8 @@ def steps_per_call(state: TrainState) -> int:
     return 1 if state.device.type == "cpu" else 10
 
 
-@torch.no_grad()
 def update_target_network(state: TrainState, tau: float) -> None:
-    for target, parameter in zip(state.target_network.parameters(), state.student.parameters(), strict=True):
-        target.lerp_(parameter, tau)
+    move(state.target_network, state.student, tau)
 
 
 @OneLaunch
@@ -571,7 +579,7 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
 
 def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str, step: int) -> float:
     """The student's mean return at the plotted step `step`, with ε = `end_e`."""
-    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.student), args.eval_episodes, step)
+    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.player), args.eval_episodes, step)
     mean_return = float(np.mean(returns))
     run.plot({f"charts/{name}/avg_episodic_return": mean_return}, step)
     run.say(f"{name}, step {step:,}: mean return {mean_return:.2f}")
@@ -587,7 +595,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_end = state.offline_step == args.offline_steps
             is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
             if is_due and state.offline_step > state.evaluated_step:
-                run.save_model(state.student, "-offline")
+                run.save_model(state.player, "-offline")
                 evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
             frequencies = (LOSS_INTERVAL, args.target_network_frequency, args.offline_eval_frequency)
@@ -638,7 +646,7 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
                 run.keep_if_best(evaluate_student(args, state, run, "online", plotted_step))
                 start_time = time.monotonic() - state.online_seconds
                 continue
-            q_values, teacher_q_values = compute_q_values((state.student, teacher), envs.observations)
+            q_values, teacher_q_values = compute_q_values((state.player, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             actions = explore(state.rng, epsilon, q_values)
             envs.step_async(actions)
@@ -695,7 +703,7 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
-    with TrainingRun(args, Path(__file__), state, make_env, model="student") as run:
+    with TrainingRun(args, Path(__file__), state, make_env, model="player") as run:
         if state.teacher_return is None:
             run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)
@@ -715,9 +723,9 @@ def main(args: Args) -> None:
 
         run.say("(3) the student plays and learns online")
         train_online(args, state, teacher, run)
-        run.save_model(state.student)
+        run.save_model(state.player)
         end = args.offline_steps + state.online_step
-        run.finish(run.play("final", partial(compute_q_values, state.student), args.eval_episodes, end))
+        run.finish(run.play("final", partial(compute_q_values, state.player), args.eval_episodes, end))
         run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
 
 

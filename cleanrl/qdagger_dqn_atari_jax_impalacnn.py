@@ -49,6 +49,8 @@ class Args(TeacherOptions):
     """learning rate at distillation coefficient 0, interpolated between (the paper: 1e-5; default: same)"""
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
+    average_decay: Fraction = 0.0
+    """decay per gradient step of the moving average of the student's weights, which plays; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -456,6 +458,7 @@ class Learner:
     """What a gradient step changes, all on the training device."""
 
     student: QFunction
+    player: QFunction  # the moving average of the student
     target_network: QFunction
     optimizer_state: optax.OptState
 
@@ -480,8 +483,8 @@ class TrainState:
     online_seconds: float = 0.0
 
     @property
-    def student(self) -> QFunction:
-        return self.learner.student
+    def player(self) -> QFunction:
+        return self.learner.player
 
     @property
     def device(self) -> jax.Device:
@@ -492,8 +495,8 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
     network = StudentNetwork(num_actions, args.dense_width)
     params = network.init(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     student = QFunction(params, network)
-    target_network = jax.tree.map(jnp.copy, student)
-    learner = Learner(student, target_network, optax.adam(args.learning_rate).init(student))
+    player, target_network = (jax.tree.map(jnp.copy, student) for _ in range(2))
+    learner = Learner(student, player, target_network, optax.adam(args.learning_rate).init(student))
     replays = plan_replays(args, num_actions, JaxFrames, device)
     return TrainState(jax.device_put(learner, device), np.random.default_rng(args.seed), *replays)
 
@@ -521,7 +524,8 @@ def update(
         optimizer = optax.adam(learning_rate(args, distill_coeff), eps=args.adam_epsilon)
         steps, optimizer_state = optimizer.update(gradients, learner.optimizer_state)
         student = optax.apply_updates(learner.student, steps)
-        return learner.replace(student=student, optimizer_state=optimizer_state), losses
+        player = optax.incremental_update(student, learner.player, 1 - args.average_decay)
+        return learner.replace(student=student, player=player, optimizer_state=optimizer_state), losses
 
     # For the CPU, XLA compiles a convolution inside a loop into code that takes ten times as long, and a scan
     # of a single step is such a loop, unless it is unrolled further than it is long.
@@ -609,7 +613,7 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
 
 def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str, step: int) -> float:
     """The student's mean return at the plotted step `step`, with ε = `end_e`."""
-    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.student), args.eval_episodes, step)
+    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.player), args.eval_episodes, step)
     mean_return = float(np.mean(returns))
     run.plot({f"charts/{name}/avg_episodic_return": mean_return}, step)
     run.say(f"{name}, step {step:,}: mean return {mean_return:.2f}")
@@ -625,7 +629,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_end = state.offline_step == args.offline_steps
             is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
             if is_due and state.offline_step > state.evaluated_step:
-                run.save_model(state.student, "-offline")
+                run.save_model(state.player, "-offline")
                 evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
             frequencies = (LOSS_INTERVAL, args.target_network_frequency, args.offline_eval_frequency)
@@ -676,7 +680,7 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
                 run.keep_if_best(evaluate_student(args, state, run, "online", plotted_step))
                 start_time = time.monotonic() - state.online_seconds
                 continue
-            q_values, teacher_q_values = compute_q_values((state.student, teacher), envs.observations)
+            q_values, teacher_q_values = compute_q_values((state.player, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
             actions = explore(state.rng, epsilon, q_values)
             envs.step_async(actions)
@@ -733,7 +737,7 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
-    with TrainingRun(args, Path(__file__), state, make_env, model="student") as run:
+    with TrainingRun(args, Path(__file__), state, make_env, model="player") as run:
         if state.teacher_return is None:
             run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)
@@ -753,9 +757,9 @@ def main(args: Args) -> None:
 
         run.say("(3) the student plays and learns online")
         train_online(args, state, teacher, run)
-        run.save_model(state.student)
+        run.save_model(state.player)
         end = args.offline_steps + state.online_step
-        run.finish(run.play("final", partial(compute_q_values, state.student), args.eval_episodes, end))
+        run.finish(run.play("final", partial(compute_q_values, state.player), args.eval_episodes, end))
         run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
 
 

@@ -54,12 +54,12 @@ def create_state(script: ModuleType, args: Any) -> Any:
 
 
 def trained_field(state: Any) -> str:
-    return "student" if hasattr(state, "student") else "q_network"
+    return "student" if hasattr(state, "student_replay") else "q_network"
 
 
 def network(state: Any, role: str = "trained") -> Any:
-    """The "trained" network of a state, or its "target" network."""
-    field = "target_network" if role == "target" else trained_field(state)
+    """The "trained" network of a state, its "target" network, or the "player" of QDagger's."""
+    field = {"trained": trained_field(state), "target": "target_network"}.get(role, role)
     return getattr(getattr(state, "learner", state), field)
 
 
@@ -71,13 +71,13 @@ def weights(network: Any) -> Weights:
 
 
 def set_weights(state: Any, new_weights: Weights, role: str = "trained") -> None:
-    """Sets those of the "trained" network of a state, or of its "target" network."""
+    """Sets those of one of a state's networks."""
     if not hasattr(state, "learner"):
         tensors = {name: torch.tensor(array) for name, array in new_weights.items()}
         network(state, role).load_state_dict(tensors)
         return
     params = jax.device_put(unflatten(new_weights), state.device)
-    field = "target_network" if role == "target" else trained_field(state)
+    field = {"trained": trained_field(state), "target": "target_network"}.get(role, role)
     state.learner = state.learner.replace(**{field: network(state, role).replace(params=params)})
 
 

@@ -291,7 +291,8 @@ def rehearse(
         state, run = create_state(script, args), NoRun(make_games)
         if start:
             set_weights(state, start)
-            set_weights(state, start, "target")
+            for role in ("target", "player")[: 1 + is_qdagger(script)]:
+                set_weights(state, start, role)
         teacher_epsilon, teacher_actions = [], []
         if is_qdagger(script):
             if teacher is None:

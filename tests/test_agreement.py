@@ -153,19 +153,21 @@ def q_values_of(name: str, of_torch: Weights, observations: np.ndarray) -> tuple
 
 
 LEARNING_RATE = 2**-10  # so large that ten steps change the losses; exact in float32, as the coefficients
-OPTIONS = {"learning_rate": LEARNING_RATE, "temperature": 0.5}
+OPTIONS = {"learning_rate": LEARNING_RATE, "temperature": 0.5, "average_decay": 0.75}
 
 
 def make_state(script: ModuleType) -> Any:
-    """The same student in both scripts, and the same target network, which is another one."""
-    student, target_network = (
-        make_network(script, "StudentNetwork", make_weights("StudentNetwork", seed)) for seed in (1, 2)
+    """The same student, average and target network in both scripts, three different ones."""
+    student, player, target_network = (
+        make_network(script, "StudentNetwork", make_weights("StudentNetwork", seed)) for seed in (1, 3, 2)
     )
     replays = None, None
     if uses_torch(script):
         optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-        return script.TrainState(student, target_network.requires_grad_(False), optimizer, None, *replays)
-    learner = script.Learner(student, target_network, optax.adam(LEARNING_RATE).init(student))
+        for averaged in (player, target_network):
+            averaged.requires_grad_(False)
+        return script.TrainState(student, player, target_network, optimizer, None, *replays)
+    learner = script.Learner(student, player, target_network, optax.adam(LEARNING_RATE).init(student))
     return script.TrainState(jax.device_put(learner, device_of(script)), None, *replays)
 
 
@@ -341,7 +343,7 @@ def test_gradient_steps_and_target_updates_are_equal(torch_pads_like_flax, dtype
                 script.update_target_network(state, tau=0.5)
     movement = concatenate_differences(weights_in_torchs_layout(states[0]), before)
     assert np.abs(movement).max() > 5 * LEARNING_RATE
-    for role in ("trained", "target"):
+    for role in ("trained", "target", "player"):
         in_torch, in_jax = (weights_in_torchs_layout(state, role) for state in states)
         # Measured: 3e-10 steps of Adam. That is every parameter, however small its gradient.
         assert np.abs(concatenate_differences(in_torch, in_jax)).max() < 1e-7 * LEARNING_RATE

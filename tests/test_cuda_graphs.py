@@ -46,7 +46,7 @@ def new_state(script: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def replay_of(state: Any) -> Any:
-    return state.teacher_replay if hasattr(state, "student") else state.replay
+    return state.teacher_replay if hasattr(state, "teacher_replay") else state.replay
 
 
 def add_step(state: Any, games: RandomGame) -> None:

@@ -68,6 +68,7 @@ class Reference:
     def __init__(self, start: tuple[np.ndarray, ...], target: tuple[np.ndarray, ...], args: Any):
         self.parameters, self.target = ([array.astype(np.float64) for array in of] for of in (start, target))
         self.means, self.squares = ([np.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.average = [parameter.copy() for parameter in self.parameters]
         self.steps, self.args = 0, vars(args)
 
     def learn(self, batch: Batch, coefficient: float) -> dict[str, float]:
@@ -109,16 +110,22 @@ class Reference:
             root = np.sqrt(self.squares[i] / (1 - 0.999**self.steps))
             mean = self.means[i] / (1 - 0.9**self.steps)
             self.parameters[i] -= rate * mean / (root + self.args.get("adam_epsilon", 1e-8))
+            decay = self.args.get("average_decay", 0.0)
+            self.average[i] = decay * self.average[i] + (1 - decay) * self.parameters[i]
 
 
 PAPER = {"td_loss": "huber", "adam_epsilon": 0.3, "final_learning_rate": 3e-4}
 PAPER |= {"temperature": 0.5, "distill_weight": 3.0}  # what the paper sets otherwise, if to other numbers
+AVERAGED = {"average_decay": 0.75}
 
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [(TORCH, {}), (TORCH, PAPER), (JAX, {}), (JAX, PAPER), (DQN_TORCH, {}), (DQN_JAX, {})],
-    ids=lambda value: name_of(value) if isinstance(value, ModuleType) else "paper" if value else "published",
+    [
+        *[(script, options) for script in (TORCH, JAX) for options in ({}, PAPER, AVERAGED)],
+        *[(script, {}) for script in (DQN_TORCH, DQN_JAX)],
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, ModuleType) else next(iter(value), "published"),
 )
 def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, options):
     use_network(monkeypatch, script, "linear")
@@ -127,6 +134,8 @@ def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, opti
     start, target = random_linear(rng), random_linear(rng)
     set_weights(state, linear_weights(script, *start))
     set_weights(state, linear_weights(script, *target), "target")
+    if is_qdagger(script):
+        set_weights(state, linear_weights(script, *start), "player")
     reference = Reference(start, target, args)
     for coefficients in ([1.0, 0.4], [0.0, 0.7]):
         batches = [random_batch(rng, 8, is_qdagger(script)) for _ in coefficients]
@@ -138,6 +147,11 @@ def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, opti
         assert learned.keys() == expected.keys()
         for name in learned:
             np.testing.assert_allclose(learned[name], expected[name], atol=2e-5)
+        if is_qdagger(script):
+            averaged = weights(network(state, "player"))
+            for name, array in linear_weights(script, *reference.average).items():
+                np.testing.assert_allclose(averaged[name], array, atol=2e-5)
+                assert options == AVERAGED or np.array_equal(averaged[name], learned[name])
     assert state.gradient_steps == 4
     for name, array in weights(network(state, "target")).items():
         np.testing.assert_array_equal(array, linear_weights(script, *target)[name])

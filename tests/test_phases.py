@@ -9,7 +9,16 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, is_qdagger, linear_teacher, name_of
+from both_scripts import (
+    DQN_JAX,
+    JAX,
+    NUM_ACTIONS,
+    TORCH,
+    is_qdagger,
+    linear_teacher,
+    linear_weights,
+    name_of,
+)
 from rehearsal import NoGame, NoRun, rehearsal_args, rehearse, td_losses_by_the_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +109,22 @@ def test_a_teacher_that_samples_plays_and_is_measured_so(script):
     run = NoRun(NoGame)
     script.evaluate_teacher(rehearsal_args(script, 8), happened.state, teacher, run)
     assert run.played_temperatures == [1.0]
+
+
+@pytest.mark.parametrize("script", [TORCH, JAX], ids=["torch", "jax"])
+def test_the_moving_average_plays_is_evaluated_and_saved(script):
+    """Here it never moves: it prefers action 0 as at the start, and the student soon its teacher's, 5."""
+    start = linear_weights(script, np.zeros((196, 6), np.float32), np.eye(6, dtype=np.float32)[0] / 4)
+    options = {"start_e": 0.0, "end_e": 0.0, "learning_rate": 0.1, "online_eval_frequency": 100}
+    still = rehearse(script, 8, start=start, average_decay=1.0, **options)
+    moved = rehearse(script, 8, start=start, **options)
+    for happened, action in ((still, 0), (moved, 5)):
+        assert set(np.ravel(happened.actions[5:])) == {action}
+    assert len(still.run.played) == len(moved.run.played) > 4
+    assert set(still.run.played_q_values) == {0.25}
+    assert not set(moved.run.played_q_values) & {0.25}
+    for _, saved in still.run.saved:
+        assert all(np.array_equal(saved[name], start[name]) for name in start)
 
 
 def test_each_environment_explores_with_its_own_epsilon():

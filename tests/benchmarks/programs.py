@@ -251,7 +251,7 @@ def start_run(phases: ScriptPhases) -> Any:
             return [0.0]
 
     script = phases.script
-    return MeasuredRun(phases.args, Path(script.__file__), phases.state, script.make_env, model="student")
+    return MeasuredRun(phases.args, Path(script.__file__), phases.state, script.make_env, model="player")
 
 
 class BaselinePhases:
