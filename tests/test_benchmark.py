@@ -22,7 +22,7 @@ import tyro
 from many_runs import GAME, ROOT, Benchmark, curve, model, saved_step, starts, the_folder
 from tqdm import tqdm
 
-from cleanrl.utils.benchmark import processes
+from cleanrl.utils.benchmark import logs, processes
 from cleanrl.utils.benchmark.__main__ import Args, check, main
 from cleanrl.utils.benchmark.logs import last_line, last_words, short_progress
 from cleanrl.utils.benchmark.plan import Plan, plan_runs
@@ -393,6 +393,22 @@ def test_the_last_words_of_a_run_are_its_error(tmp_path, printed, words):
     log = tmp_path / "log"
     log.write_text("--- started before: x\nerror: of the start before\n--- started now: x\n" + printed)
     assert last_words(log) == words
+
+
+def test_a_log_is_cut_while_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "MOST_BYTES", 1000)
+    monkeypatch.setattr(logs, "KEPT_BYTES", 100)
+    log, sizes, cut = tmp_path / "log", [], 0
+    assert logs.shorten(log) == 0
+    with log.open("ab", buffering=0) as output:  # as a run's process has it
+        for number in range(100):
+            output.write(f"line {number:4}: {'x' * 38}\n".encode())
+            sizes.append(log.stat().st_size)
+            cut += logs.shorten(log)
+    assert max(sizes) == 1050
+    assert cut + log.stat().st_size == 5000
+    assert last_line(log) == f"line   99: {'x' * 38}"
+    assert log.read_text().splitlines()[-2:] == [f"line {number:4}: {'x' * 38}" for number in (98, 99)]
 
 
 def test_a_wrong_option_is_named_in_the_table(capsys):

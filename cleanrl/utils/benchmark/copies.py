@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cleanrl.utils.benchmark.logs import shorten
 from cleanrl.utils.benchmark.records import State, is_finished, resumable
 from cleanrl.utils.run.checkpoint import Checkpoint
 from cleanrl.utils.run.folders import event_files, manifests
@@ -101,6 +102,7 @@ class Home:
         newest = self._check(name, attempt)
         with self.logs[name].open("ab") as file:
             file.write(log)
+        shorten(self.logs[name])
         if folder and folder != newest.folder:
             # From the start, the copy looks like an unfinished run.
             (self.runs / folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,28 @@ import re
 from pathlib import Path
 
 STARTED = "--- started"  # the beginning of the log's first line of each start
+MOST_BYTES, KEPT_BYTES = 10_000_000, 1_000_000  # a log that grows beyond the first is cut to the second
 TAIL_BYTES = 16 * 1024  # the end of a log in which its last line is looked for
 PROGRESS = re.compile(
     r"(?P<phase>.*?): +(?P<percent>\d+%).*\[[^<]*<(?P<left>[^,]+), *(?P<speed>[^,\]]+)(, (?P<more>.*))?\]$"
 )
+
+
+def shorten(log: Path) -> int:
+    """Removes the beginning of a log that has become too large; returns how many bytes.
+
+    The process that it is of may go on appending to it; what it adds in that moment can be lost.
+    """
+    size = log.stat().st_size if log.exists() else 0
+    if size <= MOST_BYTES:
+        return 0
+    with log.open("r+b") as file:
+        file.seek(size - KEPT_BYTES)
+        kept = file.read()
+        file.seek(0)
+        file.write(kept)
+        file.truncate()
+    return size - KEPT_BYTES
 
 
 def last_line(log: Path) -> str:

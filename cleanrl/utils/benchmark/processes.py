@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from cleanrl.utils.benchmark.logs import STARTED, last_words
+from cleanrl.utils.benchmark.logs import STARTED, last_words, shorten
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.records import Job, State, is_finished, resumable
 from cleanrl.utils.run.folders import runs_named
@@ -148,6 +148,7 @@ class LocalRunner:
         for job, process in list(self.running.items()):
             status = process.poll()  # before looking for its folder, which it may have just made
             job.show(process.folder)
+            shorten(job.log_path)
             if status is not None:
                 job.end(*process.outcome(status))
                 del self.running[job]

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cleanrl
 from cleanrl.utils.benchmark.copies import PIECE_BYTES, FolderSender, Home
+from cleanrl.utils.benchmark.logs import shorten
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.processes import POLL_S, RunProcess
 from cleanrl.utils.benchmark.records import Job, State
@@ -133,14 +134,14 @@ def work(plan: Plan, home: Any, variables: dict[str, str], grace_s: float) -> tu
 
 
 def report(call: Any, process: RunProcess, log: Path, sent: int) -> tuple[int, bool]:
-    """Sends the log from `sent` bytes on; returns its length, and whether the run is to stop."""
+    """Sends the log from `sent` bytes on; returns how many are sent, and whether the run is to stop."""
     with log.open("rb") as content:
         content.seek(sent)
         while True:
             data = content.read(PIECE_BYTES)
             must_stop = call("report", process.folder, data)
             if len(data) < PIECE_BYTES:
-                return content.tell(), must_stop
+                return content.tell() - shorten(log), must_stop
 
 
 class RayRunner:
