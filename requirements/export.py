@@ -1,9 +1,10 @@
 """Writes requirements-*.txt from poetry.lock:  python requirements/export.py [--check]
 
 Each file pins what `dependencies` and some extras of pyproject.toml need, in the lock's versions. The lock
-holds the CUDA build of torch. What only that build needs is left out: torch itself asks for the companions of
-whichever build pip chooses, and a pin here would force gigabytes of CUDA onto a machine without a GPU. Only
-requirements-jax-cuda.txt is for machines with one: jax itself needs no CUDA, its plugin asks for it by name.
+holds the CUDA build of torch. What only that build needs stands in constraints-cuda.txt, which the files that
+need torch name: a constraint pins a package if torch asks for it, as its CUDA build does, while a requirement
+would force gigabytes of CUDA onto a machine without a GPU. Only requirements-jax-cuda.txt is for machines with
+one: jax itself needs no CUDA, its plugin asks for it by name.
 """
 
 import itertools
@@ -29,12 +30,13 @@ EXTRAS_OF_FILE = {
     "docs": ["docs"],
 }
 CUDA_BUILD = re.compile(r"nvidia-|cuda-|triton$")
+CONSTRAINTS = "constraints-cuda.txt"
 HEADER = """\
 # Holds the dependencies of pyproject.toml and of its extras: {extras}.
 # Made from poetry.lock by `python requirements/export.py`. To change a pin, run `poetry lock` and then that.
 """
 
-PYTHONS = ["3.11", "3.12", "3.13"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 LINUX = {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"}
 MACOS = {"os_name": "posix", "sys_platform": "darwin", "platform_system": "Darwin"}
 WINDOWS = {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows"}
@@ -109,6 +111,13 @@ def ways_to_packages(packages: dict[str, list[dict]], roots: list[str]) -> dict[
     return {name: {w for w in found if not any(v < w for v in found)} for name, found in ways.items()}
 
 
+def constraints(lock: dict) -> str:
+    """The text of CONSTRAINTS."""
+    lines = [f"{p['name']}=={p['version']}\n" for p in lock["package"] if CUDA_BUILD.match(p["name"])]
+    header = "# What PyTorch's CUDA build needs. Made from poetry.lock by `python requirements/export.py`.\n"
+    return header + "".join(sorted(lines))
+
+
 def requirements(pyproject: dict, lock: dict, extras: list[str]) -> str:
     """The text of one file."""
     packages: dict[str, list[dict]] = {}
@@ -131,7 +140,10 @@ def requirements(pyproject: dict, lock: dict, extras: list[str]) -> str:
             }
             marker = "" if "" in alternatives else " ; " + " or ".join(sorted(alternatives))
             lines.append(f"{name}=={package['version']}{marker}\n")
-    return HEADER.format(extras=", ".join(extras)) + "".join(sorted(lines))
+    header = HEADER.format(extras=", ".join(extras))
+    if any(line.startswith("torch==") for line in lines):
+        header += f"-c {CONSTRAINTS}\n"
+    return header + "".join(sorted(lines))
 
 
 def main(arguments: list[str]) -> None:
@@ -139,10 +151,13 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(__doc__)
     pyproject = tomllib.loads((HERE.parent / "pyproject.toml").read_text("utf-8"))
     lock = tomllib.loads((HERE.parent / "poetry.lock").read_text("utf-8"))
+    texts = {
+        f"requirements-{name}.txt": requirements(pyproject, lock, extras)
+        for name, extras in EXTRAS_OF_FILE.items()
+    }
     stale = []
-    for name, extras in EXTRAS_OF_FILE.items():
-        path = HERE / f"requirements-{name}.txt"
-        text = requirements(pyproject, lock, extras)
+    for name, text in (texts | {CONSTRAINTS: constraints(lock)}).items():
+        path = HERE / name
         if not arguments:
             path.write_text(text, "utf-8")
         elif not path.exists() or path.read_text("utf-8") != text:

@@ -7,6 +7,7 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from cleanrl.utils.games.animation import Animation
+from cleanrl.utils.run import events
 from cleanrl.utils.run.events import EventWriter
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return events
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -42,15 +45,15 @@ def test_options_are_a_table(tmp_path):
     writer = EventWriter(tmp_path)
     writer.add_options({"seed": 1, "env_id": "Pong"}, [])
     writer.close()
-    events = read(tmp_path)
-    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
-    assert events.SummaryMetadata("hyperparameters/text_summary").plugin_data.plugin_name == "text"
-    (event,) = events.Tensors("hyperparameters/text_summary")
+    accumulator = read(tmp_path)
+    assert "hyperparameters/text_summary" in accumulator.Tags()["tensors"]
+    assert accumulator.SummaryMetadata("hyperparameters/text_summary").plugin_data.plugin_name == "text"
+    (event,) = accumulator.Tensors("hyperparameters/text_summary")
     assert event.tensor_proto.string_val == [b"|option|value|\n|-|-|\n|seed|1|\n|env_id|Pong|"]
 
 
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer")  # of TensorBoard's own pages
-def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
+def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path, monkeypatch):
     """Asked as its pages ask."""
     from tensorboard.program import TensorBoard  # warns
 
@@ -74,7 +77,8 @@ def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
     writer.add_options(options, ["eval/a"])
     gif = io.BytesIO()
     Image.new("RGB", (8, 6)).save(gif, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "red")])
-    writer.add_animation("videos/final", gif.getvalue(), 8, 6, step=40)
+    monkeypatch.setattr(events, "animate", {"game.mp4": Animation(gif.getvalue(), 8, 6)}.get)
+    writer.add_video("videos/final", "game.mp4", step=40)
     writer.close()
 
     server = TensorBoard()
@@ -94,8 +98,8 @@ def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path):
             found = shown[section["title"], chart["title"]] = {}
             for tag in chart["multiline"]["tag"]:
                 answer = json.loads(ask("custom_scalars/scalars", run="run", tag=tag))
-                for name, events in answer["tag_to_events"].items():
-                    found[name] = [(step, value) for _, step, value in events]
+                for name, of_tag in answer["tag_to_events"].items():
+                    found[name] = [(step, value) for _, step, value in of_tag]
     assert shown == {
         ("losses", "all"): {"losses/loss": [(0, 3.0), (10, 2.0)], "charts/a+b": [(0, 0.5)]},
         ("losses", "none"): {},
@@ -169,8 +173,8 @@ def test_a_full_disk_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys, re
 
 
 def test_the_mirror_sees_every_point(tmp_path):
-    seen = []
-    writer = EventWriter(tmp_path, mirror=lambda *point: seen.append(point))
+    mirror = mock.Mock()
+    writer = EventWriter(tmp_path, mirror)
     writer.add_scalar("a", np.float32(0.5), 3)
     writer.close()
-    assert seen == [("a", 0.5, 3)]
+    assert mirror.method_calls == [mock.call.add_scalar("a", 0.5, 3)]

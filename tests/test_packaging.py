@@ -31,7 +31,7 @@ CUDA = re.compile(r"nvidia-|cuda-|triton|jax-cuda")
 
 def pins(name: str) -> list[Requirement]:
     lines = (ROOT / "requirements" / f"requirements-{name}.txt").read_text("utf-8").splitlines()
-    return [Requirement(line) for line in lines if not line.startswith("#")]
+    return [Requirement(line) for line in lines if not line.startswith(("#", "-c "))]
 
 
 def environment_of(python: str, sys_platform: str) -> dict[str, str]:
@@ -62,7 +62,8 @@ def test_requirements_are_up_to_date():
 
 def test_every_requirements_file_is_covered():
     assert {p.name for p in (ROOT / "requirements").glob("*.txt")} == {
-        f"requirements-{name}.txt" for name in EXTRAS
+        "constraints-cuda.txt",
+        *(f"requirements-{name}.txt" for name in EXTRAS),
     }
 
 
@@ -74,7 +75,7 @@ def test_every_pin_is_in_the_lock(name):
 
 
 @pytest.mark.parametrize("sys_platform", ["linux", "darwin"])
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 @pytest.mark.parametrize("name", EXTRAS)
 def test_files_hold_what_pyproject_asks_for_and_all_that_those_need(name, python, sys_platform):
     versions = versions_on(name, python, sys_platform)
@@ -96,7 +97,25 @@ def test_no_file_forces_a_cuda_build(name):
     assert not [pin.name for pin in pins(name) if CUDA.match(pin.name)]
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_all_that_torchs_cuda_build_needs_is_constrained_where_torch_is_pinned():
+    """To the lock's version, so that two machines with a GPU get the same CUDA."""
+    lines = (ROOT / "requirements" / "constraints-cuda.txt").read_text("utf-8").splitlines()
+    constrained = {pin.name: str(pin.specifier) for pin in map(Requirement, lines[1:])}
+    for package in LOCK["package"]:
+        if package["name"] in ("torch", "cuda-toolkit", "cuda-bindings"):
+            for dependency in filter(CUDA.match, package["dependencies"]):
+                assert (dependency, constrained[dependency].removeprefix("==")) in LOCKED
+    assert {
+        "cuda-bindings",
+        "nvidia-nvjitlink",
+        "triton",
+    } <= constrained.keys()  # torch takes any, or pins it
+    for name in EXTRAS:
+        lines = (ROOT / "requirements" / f"requirements-{name}.txt").read_text("utf-8").splitlines()
+        assert ("-c constraints-cuda.txt" in lines) == any(pin.name == "torch" for pin in pins(name))
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_jax_cuda_is_jax_and_all_that_its_cuda_plugin_needs(python):
     [plugin] = [p for p in LOCK["package"] if re.fullmatch(r"jax-cuda\d+-plugin", p["name"])]
     jax, jax_cuda = versions_on("jax", python, "linux"), versions_on("jax-cuda", python, "linux")
@@ -132,7 +151,7 @@ def test_torch_and_jax_share_one_cuda():
 
 
 @pytest.mark.parametrize("sys_platform", ["linux", "darwin"])
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 @pytest.mark.parametrize("name", ["jax", "jax-cuda", "tests"])
 def test_files_can_be_installed_together_with_the_one_for_torch(name, python, sys_platform):
     atari, other = versions_on("atari", python, sys_platform), versions_on(name, python, sys_platform)

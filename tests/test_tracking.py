@@ -1,5 +1,7 @@
 """--track mirrors the curves to Weights & Biases: the real client, offline, and its file read back."""
 
+import base64
+import hashlib
 import json
 import os
 import struct
@@ -13,7 +15,7 @@ from both_scripts import ROOT, read_curves
 from resume_runs import Command, tiny_options
 from wandb.proto.wandb_internal_pb2 import Record
 
-from cleanrl.utils.run.tracking import check_tracking, start_tracking
+from cleanrl.utils.run.tracking import Tracker, check_tracking
 
 PROJECT = ["--wandb-project-name", "pong"]
 
@@ -23,7 +25,8 @@ def run_tracked(folder: Path, **settings: str) -> tuple[int, str]:
     with mock.patch.dict(os.environ, {"HOME": str(folder)} | settings):
         for name in [name for name in os.environ if name.startswith("WANDB_") and name not in settings]:
             del os.environ[name]
-        command = Command(folder, "dqn_atari", *tiny_options("dqn_atari"), "--track", *PROJECT)
+        options = [*tiny_options("dqn_atari"), "--track", "--capture-video", *PROJECT]
+        command = Command(folder, "dqn_atari", *options)
     return command.end(), command.output
 
 
@@ -53,12 +56,22 @@ def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
     assert path.name == f"run-{run_folder.name}.wandb"
 
     points: dict[str, list[tuple[int, float]]] = {}
-    options, project = {}, None
+    options, project, media, artifacts = {}, None, {}, []
     for record in records(path):
+        if record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"):
+            artifacts.append(record.request.log_artifact.artifact)
+        if record.WhichOneof("record_type") == "artifact":
+            artifacts.append(record.artifact)
         if record.WhichOneof("record_type") == "run":
             options |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             project = record.run.project
-        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        items = {}
+        for item in record.history.item:
+            tag, *part = item.nested_key or [item.key]
+            if part:
+                media.setdefault(tag, {})[part[0]] = json.loads(item.value_json)
+            else:
+                items[tag] = item.value_json
         for tag in items.keys() - {"step"}:
             if not tag.startswith("_"):
                 points.setdefault(tag, []).append((int(items["step"]), float(items[tag])))
@@ -71,6 +84,19 @@ def test_an_offline_run_holds_every_point_and_every_option(tmp_path):
         assert [step for step, _ in points[tag]] == [step for step, _ in curve]
         values = [value for _, value in points[tag]]
         assert values == pytest.approx([value for _, value in curve], rel=1e-6)  # TensorBoard's are float32
+
+    (video,) = (run_folder / "videos" / "final").glob("*.mp4")
+    files = path.parent / "files"
+    assert (files / media["videos/final"]["path"]).read_bytes() == video.read_bytes()
+    table = json.loads((files / media["eval/games"]["path"]).read_text())
+    assert table["columns"] == ["game", "return"]
+    assert table["data"] == [list(point) for point in expected["eval/episodic_return"]]
+    (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
+    assert model.name == run_folder.name
+    (entry,) = model.manifest.contents
+    assert entry.path == "dqn_atari.cleanrl_model"
+    content = (run_folder / entry.path).read_bytes()
+    assert base64.b64decode(entry.digest) == hashlib.md5(content).digest()
 
 
 @pytest.mark.slow
@@ -86,7 +112,7 @@ def test_where_nobody_is_logged_in_one_line_and_no_question_ends_the_command(tmp
 def test_a_resumed_run_stays_one(monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    start_tracking("run", "project", None, {"seed": 1})
+    Tracker("run", "project", None, {"seed": 1})
     settings = wandb.init.call_args.kwargs
     assert (settings["id"], settings["resume"]) == ("run", "allow")
 

@@ -8,12 +8,19 @@ from unittest import mock
 import numpy as np
 import pytest
 from both_scripts import DQN_JAX, DQN_TORCH, JAX, SCRIPTS, TORCH, is_qdagger, name_of, read_curves
-from rehearsal import RandomGame, tiny_args
+from rehearsal import RandomGame, options_of, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.run import training_run
-from cleanrl.utils.run.charts import CHARTS, DQN_CHARTS, EVALUATION_RETURN, FINAL_RETURN, TAGS
+from cleanrl.utils.run.charts import (
+    CHARTS,
+    DQN_CHARTS,
+    EVALUATION_RETURN,
+    FINAL_RETURN,
+    ONLINE_RETURN,
+    TAGS,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What only QDagger plots, beside the curves of its first two phases.
@@ -26,7 +33,12 @@ def models(folder: Path) -> set[str]:
 
 def test_the_curves_of_all_scripts_are_those_of_the_charts_module(train):
     """No script plots another tag, and each tag there is plotted by some script."""
-    curves = {script: read_curves(train(script, name_of(script))) for script in SCRIPTS}
+    frequency = {"online_eval_frequency": 32, "eval_frequency": 32}
+    runs = {script: train(script, name_of(script), **options_of(script, frequency)) for script in SCRIPTS}
+    curves = {script: read_curves(run_folder) for script, run_folder in runs.items()}
+    for script, run_folder in runs.items():
+        kept = {name_of(script), f"{name_of(script)}-best"}
+        assert models(run_folder) == (kept | {f"{name_of(script)}-offline"} if is_qdagger(script) else kept)
     of_dqn = {tag for tag in TAGS if tag not in OF_QDAGGER and not re.match("charts/(teacher|offline)/", tag)}
     assert curves[TORCH].keys() == curves[JAX].keys() == TAGS.keys()
     assert curves[DQN_TORCH].keys() == curves[DQN_JAX].keys() == of_dqn
@@ -77,7 +89,10 @@ def test_the_options_are_a_table_in_tensorboard(algorithm, train):
 
 def test_a_run_without_an_offline_phase(train):
     run_folder = train(TORCH, offline_steps=0)
-    assert read_curves(run_folder).keys() == {tag for tag in TAGS if not tag.startswith("charts/offline/")}
+    assert read_curves(run_folder).keys() == TAGS.keys() - {
+        *(tag for tag in TAGS if tag.startswith("charts/offline/")),
+        ONLINE_RETURN,
+    }
     assert models(run_folder) == {name_of(TORCH)}
 
 
@@ -116,16 +131,17 @@ def test_a_finished_run_is_uploaded_with_its_script_its_model_and_a_card(algorit
 def test_tracking_starts_before_the_first_event_is_written(train, monkeypatch):
     calls = mock.Mock()
     calls.EventWriter.side_effect = RuntimeError("far enough")
-    monkeypatch.setattr(training_run, "start_tracking", calls.start_tracking)
+    monkeypatch.setattr(training_run, "Tracker", calls.Tracker)
     monkeypatch.setattr(training_run, "EventWriter", calls.EventWriter)
     options = {"track": True, "wandb_project_name": "project", "wandb_entity": "team"}
     with pytest.raises(RuntimeError, match="far enough"):
         train(TORCH, **options)
     (_, (name, project, entity, tracked), _), (_, (run_folder, mirror), _) = calls.method_calls
     assert (run_folder.name, project, entity) == (name, "project", "team")
-    assert mirror is calls.start_tracking()
+    assert mirror is calls.Tracker()
     assert re.fullmatch(rf"PongNoFrameskip-v4__{name_of(TORCH)}__1__\d+", name)
-    assert tracked == vars(tiny_args(TORCH, **options))
+    args = vars(tiny_args(TORCH, **options))
+    assert tracked == args | {"teacher_model_path": str(args["teacher_model_path"])}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, None])

@@ -9,9 +9,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -22,7 +22,15 @@ from tensorboard.plugins.custom_scalar import metadata as custom_scalars
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from cleanrl.utils.games.animation import animate
+
 FLUSH_INTERVAL_S = 20.0
+
+
+class Mirror(Protocol):
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def add_video(self, tag: str, path: Path, step: int) -> None: ...
 
 
 class EventWriter:
@@ -30,10 +38,10 @@ class EventWriter:
 
     Args:
         folder: the run's.
-        mirror: is called with the tag, value and step of each point of a curve as well.
+        mirror: gets each point of a curve, and each video, as well.
     """
 
-    def __init__(self, folder: Path, mirror: Callable[[str, float, int], None] | None = None):
+    def __init__(self, folder: Path, mirror: Mirror | None = None):
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path, self.mirror = folder / name, mirror
         self._pending: list[bytes] = []
@@ -45,7 +53,7 @@ class EventWriter:
         value = float(value)
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
         if self.mirror:
-            self.mirror(tag, value, step)
+            self.mirror.add_scalar(tag, value, step)
 
     def add_options(self, options: dict[str, Any], results: Sequence[str]) -> None:
         """Adds a run's options: a table on the page of texts, `hyperparameters`, and the page "HParams".
@@ -93,8 +101,15 @@ class EventWriter:
         )
         self._add(summary=Summary(value=[value]))
 
-    def add_animation(self, tag: str, gif: bytes, width: int, height: int, step: int) -> None:
-        """Adds a picture that moves, of `width` times `height` pixels, on the page of images."""
+    def add_video(self, tag: str, path: Path, step: int) -> None:
+        """Adds the beginning of an mp4 file as a picture that moves, on the page of images.
+
+        Raises:
+            OSError: the file is no video.
+        """
+        gif, width, height = animate(path)
+        if self.mirror:
+            self.mirror.add_video(tag, path, step)
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 

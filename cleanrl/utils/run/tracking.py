@@ -1,6 +1,8 @@
-"""Mirrors the curves to Weights & Biases."""
+"""Mirrors a run to Weights & Biases: curves, videos, the final evaluation, the model."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 INSTALL = "pip install -r requirements/requirements-track.txt"
@@ -26,40 +28,60 @@ def check_tracking() -> None:
         )
 
 
-def start_tracking(
-    run_name: str, project: str, entity: str | None, options: dict[str, Any]
-) -> Callable[[str, float, int], None]:
-    """Starts a Weights & Biases run, or resumes the one of that name.
+class Tracker:
+    """A Weights & Biases run, or the resumed one of that name.
 
-    Returns the function that logs a point: tag, value, step.
+    Args:
+        run_name: its name and id.
+        project: its project.
+        entity: its entity; None: the user's own.
+        options: shown beside it.
 
     Raises:
         SystemExit: with a one-line error, if Weights & Biases cannot be reached or refuses the run.
     """
-    import wandb
 
-    try:
-        run = wandb.init(
-            project=project,
-            entity=entity,
-            name=run_name,
-            id=run_name,
-            resume="allow",
-            config=options,
-            save_code=True,
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S),
-        )
-    except wandb.Error as error:
-        fault = " ".join(str(error).split())
-        raise SystemExit(
-            f"error: --track: Weights & Biases does not take the run ({fault}); set WANDB_MODE=offline and"
-            " send it later with wandb sync"
-        ) from None
-    # Each curve has steps of its own: games end at other steps than losses are written.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
+    def __init__(self, run_name: str, project: str, entity: str | None, options: dict[str, Any]):
+        import wandb
 
-    def log(tag: str, value: float, step: int) -> None:
-        run.log({tag: value, "step": step})
+        try:
+            self.run = wandb.init(
+                project=project,
+                entity=entity,
+                name=run_name,
+                id=run_name,
+                resume="allow",
+                config=options,
+                save_code=True,
+                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S),
+            )
+        except wandb.Error as error:
+            fault = " ".join(str(error).split())
+            raise SystemExit(
+                f"error: --track: Weights & Biases does not take the run ({fault}); set WANDB_MODE=offline"
+                " and send it later with wandb sync"
+            ) from None
+        # Each curve has steps of its own: games end at other steps than losses are written.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
-    return log
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.run.log({tag: value, "step": step})
+
+    def add_video(self, tag: str, path: Path, step: int) -> None:
+        """Adds an mp4 file."""
+        import wandb
+
+        self.run.log({tag: wandb.Video(str(path), format="mp4"), "step": step})
+
+    def finish(self, returns: Sequence[float], model: Path | None) -> None:
+        """Adds the returns of the final evaluation's games as a table, and the model as an artifact."""
+        import wandb
+
+        table = wandb.Table(columns=["game", "return"], data=[list(row) for row in enumerate(returns)])
+        self.run.log({"eval/games": table})
+        if model:
+            artifact = wandb.Artifact(self.run.name, type="model", metadata={"mean_return": fmean(returns)})
+            artifact.add_file(str(model))
+            self.run.log_artifact(artifact)
+        self.run.finish()

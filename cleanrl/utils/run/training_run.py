@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.evaluation import evaluate
-from cleanrl.utils.games.animation import animate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
 from cleanrl.utils.hub.card import copy_sources, repo_name, write_card
 from cleanrl.utils.hub.publish import upload
@@ -41,7 +40,7 @@ from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import check_unchanged
 from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
 from cleanrl.utils.run.summary import summary
-from cleanrl.utils.run.tracking import start_tracking
+from cleanrl.utils.run.tracking import Tracker
 from cleanrl.utils.signals import Stopped, StopSignals
 from cleanrl.utils.storage import DamagedError
 from cleanrl.utils.weights.files import save_weights
@@ -96,10 +95,12 @@ class TrainingRun:
         self._envs: ParallelEnvs | None = None  # while they are open
         self._bar: ProgressBar | None = None  # the last one
         self._unread: list[tuple[int, dict[str, Any]]] = []  # of `plot`: a step and its values
-        mirror = None
+        self._tracker = None
         if args.track:
-            mirror = start_tracking(self.folder.name, args.wandb_project_name, args.wandb_entity, vars(args))
-        self.writer = EventWriter(self.folder, mirror)
+            self._tracker = Tracker(
+                self.folder.name, args.wandb_project_name, args.wandb_entity, self.options
+            )
+        self.writer = EventWriter(self.folder, self._tracker)
         if not resumed:
             self.writer.add_options(vars(args), RESULTS)
             self.writer.add_layout(charts)
@@ -166,6 +167,9 @@ class TrainingRun:
             repo_id = f"{self.args.hf_entity}/{repo_name(self.args)}"
             write_card(self.folder, repo_id, self.args, self.script, self._final_returns)
         self.writer.close()
+        if self._tracker:
+            model = self.folder / f"{self.args.exp_name}.cleanrl_model"
+            self._tracker.finish(self._final_returns, model if self.args.save_model else None)
         self._checkpoints.remove_all()
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -237,7 +241,7 @@ class TrainingRun:
         self._mean_returns[player] = float(np.mean(returns))
         for path in video_folder.glob("*.mp4") if video_folder else ():
             try:
-                self.writer.add_animation(f"videos/{player}", *animate(path), step)
+                self.writer.add_video(f"videos/{player}", path, step)
             except OSError:
                 self.say(f"warning: {path} is damaged, and not shown in TensorBoard")
         return returns
