@@ -1,10 +1,10 @@
 """Writes requirements-*.txt from poetry.lock:  python requirements/export.py [--check]
 
 Each file pins what `dependencies` and some extras of pyproject.toml need, in the lock's versions. The lock
-holds the CUDA build of torch. What only that build needs stands in constraints-cuda.txt, which the files that
-need torch name: a constraint pins a package if torch asks for it, as its CUDA build does, while a requirement
-would force gigabytes of CUDA onto a machine without a GPU. Only requirements-jax-cuda.txt is for machines with
-one: jax itself needs no CUDA, its plugin asks for it by name.
+holds the CUDA build of torch. What only that build needs stands in constraints-cuda.txt, which the files
+with torch include: a constraint pins a package if torch asks for it, as its CUDA build does; a requirement
+would force gigabytes of CUDA onto a machine without a GPU. Only requirements-jax-cuda.txt is for machines
+with one: jax itself needs no CUDA, its plugin asks for it by name.
 """
 
 import itertools
