@@ -118,18 +118,18 @@ class NoopReset(gym.Wrapper):
 class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker.
 
-    Frames are the emulator's own grey ones, uint8 (height, width), and only those that are shown are drawn.
+    The maximum is that of the colours; then it turns grey, uint8 (height, width). Other frames are not drawn.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         height, width = self.unwrapped.ale.getScreenDims()
         self.observation_space = gym.spaces.Box(0, 255, (height, width), np.uint8)
-        self.last_frames = np.zeros((2, height, width), dtype=np.uint8)
+        self.last_frames = np.zeros((2, height, width, 3), np.uint8)
 
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
-        return self.unwrapped.ale.getScreenGrayscale(), info
+        return cv2.cvtColor(self.unwrapped.ale.getScreenRGB(), cv2.COLOR_RGB2GRAY), info
 
     def step(self, action):
         total_reward = 0.0
@@ -137,10 +137,11 @@ class MaxAndSkip(gym.Wrapper):
             _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
             if frame >= 2:
-                self.unwrapped.ale.getScreenGrayscale(self.last_frames[frame - 2])
+                self.unwrapped.ale.getScreenRGB(self.last_frames[frame - 2])
             if terminated or truncated:
                 break
-        return self.last_frames.max(axis=0), total_reward, terminated, truncated, info
+        frame = cv2.cvtColor(np.maximum(*self.last_frames), cv2.COLOR_RGB2GRAY)
+        return frame, total_reward, terminated, truncated, info
 
 
 class EpisodicLife(gym.Wrapper):

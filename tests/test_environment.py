@@ -21,14 +21,19 @@ ALL_IDS = sorted(
 
 
 def make_with_stable_baselines3(env_id: str) -> gym.Env:
-    """Up to the clipped reward; observations are still grey frames of full size."""
-    env = gym.make(env_id, obs_type="grayscale")
+    """Up to the clipped reward; observations are still colour frames of full size."""
+    env = gym.make(env_id)
     env = stable_baselines3.NoopResetEnv(env)
     env = stable_baselines3.MaxAndSkipEnv(env)
     env = stable_baselines3.EpisodicLifeEnv(env)
     if "FIRE" in env.unwrapped.get_action_meanings():
         env = stable_baselines3.FireResetEnv(env)
     return stable_baselines3.ClipRewardEnv(env)
+
+
+def grey(frame: np.ndarray) -> np.ndarray:
+    """As Stable-Baselines3's WarpFrame makes it."""
+    return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
 
 
 def resized(frame: np.ndarray) -> np.ndarray:
@@ -60,14 +65,14 @@ def test_whole_games_equal_those_through_stable_baselines3s_wrappers(game):
     rng = np.random.default_rng(SEED)
     observation, _ = ours.reset(seed=SEED)
     frame, _ = theirs.reset(seed=SEED)
-    stack = deque([resized(frame)] * 4, maxlen=4)
+    stack = deque([resized(grey(frame))] * 4, maxlen=4)
     lost_lives = games_over = 0
     while games_over < games:
         np.testing.assert_array_equal(observation, stack)
         action = rng.integers(ours.action_space.n)
         observation, *outcome, _ = ours.step(action)
         frame, *expected, _ = theirs.step(action)
-        stack.append(resized(frame))
+        stack.append(resized(grey(frame)))
         assert outcome == expected  # reward, terminated, truncated
         if any(expected):
             np.testing.assert_array_equal(observation, stack)
@@ -78,7 +83,7 @@ def test_whole_games_equal_those_through_stable_baselines3s_wrappers(game):
                 lost_lives += 1
             observation, _ = ours.reset()
             frame, _ = theirs.reset()
-            stack.extend([resized(frame)] * 4)
+            stack.extend([resized(grey(frame))] * 4)
     np.testing.assert_array_equal(observation, stack)
     assert lost_lives == lives_to_lose
 
@@ -86,15 +91,16 @@ def test_whole_games_equal_those_through_stable_baselines3s_wrappers(game):
 @pytest.mark.parametrize("game", ["Pong", "Breakout", "SpaceInvaders", "Qbert"])
 def test_a_whole_game_equals_that_through_gymnasiums_atari_preprocessing(game):
     ours = MaxAndSkip(NoopReset(gym.make(f"{game}NoFrameskip-v4", obs_type="ram")))
-    theirs = gym.wrappers.AtariPreprocessing(gym.make(f"{game}NoFrameskip-v4"), frame_skip=4)
+    theirs = gym.wrappers.AtariPreprocessing(gym.make(f"{game}NoFrameskip-v4"), grayscale_obs=False)
     rng = np.random.default_rng(SEED)
-    (frame, _), (expected_frame, _) = ours.reset(seed=SEED), theirs.reset(seed=SEED)
+    frame, _ = ours.reset(seed=SEED)
+    theirs.reset(seed=SEED)
     ended = False
     while not ended:  # at the end itself gymnasium shows the frame before
-        np.testing.assert_array_equal(resized(frame), expected_frame)
+        np.testing.assert_array_equal(frame, grey(theirs.obs_buffer[0]))  # where it takes the maximum
         action = rng.integers(ours.action_space.n)
         frame, *outcome, _ = ours.step(action)
-        expected_frame, *expected, _ = theirs.step(action)
+        _, *expected, _ = theirs.step(action)
         assert outcome == expected
         ended = expected[1] or expected[2]
     assert ours.unwrapped.ale.game_over()
@@ -108,7 +114,7 @@ def test_lost_lives_equal_those_of_gymnasiums_atari_preprocessing(game):
     """
     ours = EpisodicLife(MaxAndSkip(NoopReset(gym.make(f"{game}NoFrameskip-v4", obs_type="ram"))))
     raw = gym.make(f"{game}NoFrameskip-v4")
-    theirs = gym.wrappers.AtariPreprocessing(raw, frame_skip=4, terminal_on_life_loss=True)
+    theirs = gym.wrappers.AtariPreprocessing(raw, grayscale_obs=False, terminal_on_life_loss=True)
     rng = np.random.default_rng(SEED)
     ours.reset(seed=SEED)
     theirs.reset(seed=SEED)
@@ -117,15 +123,42 @@ def test_lost_lives_equal_those_of_gymnasiums_atari_preprocessing(game):
     while not raw.unwrapped.ale.game_over():
         action = rng.integers(ours.action_space.n)
         frame, reward, terminated, truncated, _ = ours.step(action)
-        expected_frame, expected_reward, expected_terminated, expected_truncated, _ = theirs.step(action)
+        _, expected_reward, expected_terminated, expected_truncated, _ = theirs.step(action)
         while raw.unwrapped.ale.getFrameNumber() < ours.unwrapped.ale.getFrameNumber():
             expected_reward += raw.step(action)[1]
         assert (reward, terminated, truncated) == (expected_reward, expected_terminated, expected_truncated)
         if terminated:
             ends += 1
         else:
-            np.testing.assert_array_equal(resized(frame), expected_frame)
+            np.testing.assert_array_equal(frame, grey(theirs.obs_buffer[0]))
     assert ends == lives > 1
+
+
+@pytest.mark.slow
+def test_every_games_pixels_are_those_that_published_agents_saw():
+    """The grey of the colours' maximum, before resizing, over 150 steps of every game.
+
+    ALE's own grey, or the maximum of two grey frames, is another one in many games.
+    """
+    differs_from_ales_grey = set()
+    for env_id in ALL_IDS:
+        ours = MaxAndSkip(NoopReset(gym.make(env_id, obs_type="ram")))
+        theirs = stable_baselines3.MaxAndSkipEnv(stable_baselines3.NoopResetEnv(gym.make(env_id)))
+        rng = np.random.default_rng(SEED)
+        (frame, _), (colours, _) = ours.reset(seed=SEED), theirs.reset(seed=SEED)
+        for _ in range(150):
+            assert np.array_equal(frame, grey(colours)), env_id
+            if not np.array_equal(frame, ours.unwrapped.ale.getScreenGrayscale()):
+                differs_from_ales_grey.add(env_id)
+            action = rng.integers(ours.action_space.n)
+            frame, *outcome, _ = ours.step(action)
+            colours, *expected, _ = theirs.step(action)
+            assert outcome == expected
+            if outcome[1]:
+                (frame, _), (colours, _) = ours.reset(), theirs.reset()
+        ours.close()
+        theirs.close()
+    assert len(differs_from_ales_grey) > 30  # or this would show nothing
 
 
 def test_after_each_reset_the_first_frame_fills_the_stack_and_then_moves_by_one():
