@@ -19,7 +19,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
 from cleanrl.utils.run.options import RunOptions
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -70,7 +70,7 @@ class Args(RunOptions):
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    exit_on_ctrl_c()
+    prepare_command()
     ARGS = read_arguments(Args)
 
 # PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.

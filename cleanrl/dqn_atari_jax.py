@@ -18,7 +18,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
 from cleanrl.utils.run.options import RunOptions
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -69,7 +69,7 @@ class Args(RunOptions):
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    exit_on_ctrl_c()
+    prepare_command()
     ARGS = read_arguments(Args)
 
 import cv2

@@ -3,6 +3,7 @@
     python cleanrl/enjoy.py cleanrl/teachers/PongNoFrameskip-v4.safetensors
     python cleanrl/enjoy.py cleanrl/PongNoFrameskip-v4-dqn_atari-seed1 --video-folder videos
     python cleanrl/enjoy.py runs/PongNoFrameskip-v4__dqn_atari__1__1700000000 --games 30 --json pong.json
+    python cleanrl/enjoy.py random --env-id PongNoFrameskip-v4 --games 30 --json random.json
 
 PyTorch plays it or, without PyTorch, JAX, whichever of them it was trained with.
 """
@@ -36,11 +37,12 @@ from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.hub.download import Advice, download, find_file
 from cleanrl.utils.run.folders import saved_model
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.storage import write_durably
 
 ADVICE = Advice("the repository", "--hf-file", "name a file or a run's folder on this machine")
 GAME = re.compile(r"[A-Za-z0-9]+NoFrameskip-v4")
+RANDOM = "random"  # the agent that is none
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -48,7 +50,7 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 class Args:
     # agent
     agent: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")]
-    """a file of weights of any kind, a run's folder, or a repository on the Hub (user/name)"""
+    """a file of weights of any kind, a run's folder, a repository on the Hub (user/name), or random"""
     hf_file: str | None = None
     """the agent's file in that repository (default: the only one there)"""
     hf_revision: str | None = None
@@ -77,8 +79,8 @@ class Args:
     """play the games side by side, without a window, and write their returns to this file"""
 
 
-def find_agent(args: Args) -> tuple[Path, str]:
-    """The file of weights, downloaded if needed, and the game.
+def find_agent(args: Args) -> tuple[Path | None, str]:
+    """The file of weights, downloaded if needed and None for the random player, and the game.
 
     Raises:
         SystemExit: with a one-line error if there is no such file or its game is unknown.
@@ -89,6 +91,8 @@ def find_agent(args: Args) -> tuple[Path, str]:
         fault = f"{shown(args.agent)} does not name its game"
         raise SystemExit(f"error: {fault}; use --env-id, as PongNoFrameskip-v4")
     count_actions(env_id)
+    if args.agent == RANDOM:
+        return None, env_id
     if os.path.isdir(path):  # False also for a name that no file can have
         model = saved_model(path)
         if model is None:
@@ -110,8 +114,8 @@ class Player(NamedTuple):
     make_env: Callable[..., gym.Env]
 
 
-def load_player(args: Args, path: Path, env_id: str) -> Player:
-    """Loads a file of weights as a QDagger script loads its teacher.
+def load_player(args: Args, path: Path | None, env_id: str) -> Player:
+    """Loads a file of weights as a QDagger script loads its teacher; without one, the random player.
 
     Raises:
         SystemExit: with a one-line error if the file cannot be used for this game or with these packages.
@@ -127,9 +131,12 @@ def load_player(args: Args, path: Path, env_id: str) -> Player:
 
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices("cpu")[0]
-    settings = script.Args(teacher_model_path=path, teacher_acts=args.acts, temperature=args.temperature)
-    agent = script.load_teacher(settings, count_actions(env_id), device)
     make_env = partial(script.make_env, env_id, args.repeat_action_probability)
+    num_actions = count_actions(env_id)
+    if path is None:
+        return Player(lambda observations: np.zeros((len(observations), num_actions)), 1.0, make_env)
+    settings = script.Args(teacher_model_path=path, teacher_acts=args.acts, temperature=args.temperature)
+    agent = script.load_teacher(settings, num_actions, device)
     return Player(partial(script.compute_q_values, agent), agent.sampling_temperature, make_env)
 
 
@@ -182,7 +189,7 @@ def watch(args: Args, player: Player, env_id: str) -> list[float]:
     return returns
 
 
-def measure(args: Args, player: Player, env_id: str, path: Path) -> list[float]:
+def measure(args: Args, player: Player, env_id: str, path: Path | None) -> list[float]:
     """Plays the games side by side, as the scripts' evaluations do, and writes what they scored."""
     returns = evaluate(
         player.make_env,
@@ -194,7 +201,7 @@ def measure(args: Args, player: Player, env_id: str, path: Path) -> list[float]:
     )
     result = {
         "agent": args.agent,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": path and hashlib.sha256(path.read_bytes()).hexdigest(),
         "env_id": env_id,
         "repeat_action_probability": args.repeat_action_probability,
         "games": args.games,
@@ -235,5 +242,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
+    prepare_command()
     main(parse(Args))

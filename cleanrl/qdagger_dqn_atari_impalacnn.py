@@ -23,7 +23,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
 from cleanrl.utils.run.options import TeacherOptions
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -122,7 +122,7 @@ PRESETS = {  # what --preset stands for; options beside it win
 }
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    exit_on_ctrl_c()
+    prepare_command()
     ARGS = read_arguments(Args, PRESETS)
 
 # PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.

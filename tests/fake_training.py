@@ -15,7 +15,7 @@ from cleanrl.utils.command_line import parse_arguments
 from cleanrl.utils.run.charts import EPISODIC_RETURN
 from cleanrl.utils.run.options import RunOptions
 from cleanrl.utils.run.training_run import TrainingRun
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.storage import write_durably
 
 
@@ -98,5 +98,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
+    prepare_command()
     main(parse_arguments(Args))

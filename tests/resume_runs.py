@@ -137,7 +137,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
 def run_script(module: ModuleType, options: list[str]) -> None:
     sys.argv = [module.__name__, *options]
-    module.exit_on_ctrl_c()
+    module.prepare_command()
     module.main(module.read_arguments(module.Args))
 
 

@@ -21,7 +21,7 @@ import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl import enjoy
 from cleanrl.enjoy import Args, Player, find_agent, main, play
-from cleanrl.utils.evaluation import evaluate
+from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.files import read_weights
@@ -231,6 +231,19 @@ def test_a_runs_folder_has_its_agent_and_its_game(tmp_path):
     (folder / "other.cleanrl_model").touch()
     with pytest.raises(SystemExit, match="one saved model; name the file itself"):
         find_agent(Args(str(folder)))
+
+
+def test_the_random_player_takes_each_action_as_often(tmp_path, monkeypatch):
+    args = Args("random", env_id=PONG, json=tmp_path / "random.json", games=2)
+    assert find_agent(args) == (None, PONG)
+    with pytest.raises(SystemExit, match="random does not name its game"):
+        find_agent(Args("random"))
+    q_values, temperature, _ = enjoy.load_player(args, None, PONG)
+    values = acting_values(np.random.default_rng(0), q_values(np.zeros((6000, 4, 84, 84))), temperature)
+    assert np.bincount(values.argmax(axis=1), minlength=6) == pytest.approx(np.full(6, 1000), abs=150)
+    monkeypatch.setattr(enjoy, "evaluate", partial(evaluate, max_game_frames=400))
+    main(args)
+    assert json.loads(args.json.read_text())["sha256"] is None
 
 
 @pytest.mark.slow

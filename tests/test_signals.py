@@ -88,13 +88,3 @@ def test_signals_without_a_name_have_a_number():
     assert name_of(signal.SIGTERM) == "SIGTERM"
     assert name_of(40) == "signal 40"
     assert str(Stopped(40)) == "stopped by signal 40"
-
-
-def test_before_there_is_anything_to_lose_ctrl_c_is_one_line():
-    program = """
-import signal
-from cleanrl.utils.signals import exit_on_ctrl_c
-exit_on_ctrl_c()
-signal.raise_signal(signal.SIGINT)
-"""
-    assert run_python(Path(), "-c", program) == (130, "", "interrupted\n")

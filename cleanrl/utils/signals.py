@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -27,16 +26,6 @@ class Stopped(Exception):
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {name_of(signal_number)}")
         self.status = 128 + signal_number
-
-
-def exit_on_ctrl_c() -> None:
-    """From now on Ctrl-C ends the process with a line, not a traceback; for while nothing can be lost."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGINT, handle)
 
 
 class StopSignals:

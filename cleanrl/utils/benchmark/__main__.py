@@ -23,7 +23,8 @@ from cleanrl.utils.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.games.atari import GAME_LISTS, count_actions
 from cleanrl.utils.games.parallel_envs import available_cores
-from cleanrl.utils.signals import StopSignals, exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
+from cleanrl.utils.signals import StopSignals
 
 RECORDS = Path("runs") / "benchmark"
 (SEED_BOUNDS,) = Seed.__metadata__
@@ -164,5 +165,5 @@ def run_jobs(args: Args, jobs: list[Job]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
+    prepare_command()
     sys.exit(main(parse(Args)))

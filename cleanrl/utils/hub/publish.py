@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from cleanrl.utils.hub.card import read_card
 from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.storage import write_durably
 
 PUBLISHED = ["README.md", "pyproject.toml", "poetry.lock", "videos/*/*.mp4", "events.out.tfevents.*"]
@@ -137,6 +137,6 @@ class Args:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
+    prepare_command()
     options = tyro.cli(Args, description=__doc__)
     upload(options.run_folder, options.hf_entity)

@@ -18,7 +18,7 @@ import tyro
 from cleanrl.utils.bounds import NonNegativeInt, PositiveInt
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.report.runs import find_runs
-from cleanrl.utils.signals import exit_on_ctrl_c
+from cleanrl.utils.shell import prepare_command
 
 REPORT_FILES = re.compile(r"report\.(html|md)|over-all-games\.png|(curves|comparison)-.+\.png")
 REQUIREMENTS = "requirements/requirements-report.txt"
@@ -99,5 +99,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_ctrl_c()
+    prepare_command()
     main(parse(Args))

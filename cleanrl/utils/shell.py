@@ -1,0 +1,47 @@
+"""How every command behaves in a shell: Ctrl-C is one line, and what it prints need not find a reader."""
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+from typing import IO, Any
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the pipe's reader or the terminal is gone, or it was closed
+
+
+def prepare_command() -> None:
+    """From now on Ctrl-C ends the process with a line, for while nothing can be lost; and output that cannot
+    be written, as in `… --help | head -1` or on a closed terminal, is dropped: a run goes on without it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+class Output:
+    """A text stream whose text is dropped where it cannot be written; `stream` is None if it was closed."""
+
+    def __init__(self, stream: IO[str] | None):
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno in GONE:  # for good: also what is still in its buffer has to go somewhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
