@@ -88,11 +88,12 @@ class Handler(BaseHTTPRequestHandler):
             return
 
         content = server.content_of(self.path)
-        etag = f'"{sha256(content).hexdigest()}"'
+        etag = f'"{"../../" if mode == "path_as_etag" else ""}{sha256(content).hexdigest()}"'
+        commit = "../../main" if mode == "path_as_commit" else COMMIT
         if mode == "redirect" and not self.path.startswith("/cdn/"):
             self.send_response(302)
             self.send_header("Location", f"http://localhost:{server.server_port}/cdn/blob")
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.send_header("X-Linked-Etag", etag)
             self.send_header("X-Linked-Size", str(len(content)))
             self.send_header("Content-Length", "0")
@@ -103,11 +104,12 @@ class Handler(BaseHTTPRequestHandler):
         start = int(requested[1]) if requested and mode != "stalled_anew" else 0
         self.send_response(206 if start else 200)
         if mode != "no_hub":
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.send_header("ETag", etag)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if not (mode == "endless" and with_body):
+            self.send_header("Content-Length", str(10**12 if mode == "huge" else len(content) - start))
         self.end_headers()
         if with_body:
             self.send_body(content, start)
@@ -122,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if mode == "slow":
                 server.stopped.wait(server.pause_s)
+        while mode == "endless" and not server.stopped.wait(0.01):
+            self.wfile.write(content[: 2**16])
         if mode.startswith("stalled"):
             server.stopped.wait()
 
@@ -134,7 +138,7 @@ class HubServer(ThreadingHTTPServer):
     ok, any of ERRORS, redirect (the file is on another host, as the Hub's large files are), no_hub (a web
     server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
     apart); where only the first half of the body arrives: stalled, stalled_anew (from the start each time),
-    truncated.
+    truncated. Servers that mean harm: path_as_etag, path_as_commit, huge (10^12 bytes, it says), endless.
     """
 
     daemon_threads = True

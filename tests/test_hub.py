@@ -39,11 +39,26 @@ FAILURES = {
     "no_revision": ("no_revision", (REPO, FILE, "v9"), {}, "at revision v9: the repo has no such revision"),
     "server_error": ("server_error", (), {}, "error 503; try again later"),
     "retry_after": ("retry_after", (), {}, "error 429; try again later"),
-    "no_hub": ("no_hub", (), {}, "does not answer like the Hub; check HF_ENDPOINT"),
+    "no_hub": (
+        "no_hub",
+        (),
+        {},
+        "does not answer like the Hub (the file has no usable ETag or commit); check HF_ENDPOINT",
+    ),
     "silent": ("silent", (), SHORT_TIMEOUTS, "stopped answering"),
     "stalled": ("stalled", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
     "stalled_anew": ("stalled_anew", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
     "truncated": ("truncated", (), {}, "check the connection"),
+    "path_as_etag": ("path_as_etag", (), {}, "the file has no usable ETag or commit); check HF_ENDPOINT"),
+    "path_as_commit": ("path_as_commit", (), {}, "the file has no usable ETag or commit); check HF_ENDPOINT"),
+    "huge": ("huge", (), {}, "its size is 1000000000000); check HF_ENDPOINT"),
+    "endless": ("endless", (), {}, "the file has more than the 2097152 bytes it was said to have"),
+    "revision_outside": (
+        "ok",
+        (REPO, FILE, "../../x"),
+        {},
+        "the repo has no such revision",
+    ),
     "refused": (refused_url(), (), {}, "Connection refused"),
     "no_name": ("http://hub.invalid", (), {}, "http://hub.invalid"),
     "no_url": ("nonsense", (), {}, "check the connection and HF_ENDPOINT"),
@@ -84,6 +99,15 @@ def test_a_failure_is_a_one_line_error(name, outcomes):
     assert expected in outcome.err
     assert "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE" in outcome.err
     assert outcome.elapsed_s < 30
+
+
+@pytest.mark.parametrize("endpoint", ["http://alice:secret@hub.invalid", None])
+def test_a_password_in_the_endpoint_is_not_shown(endpoint, tmp_path):
+    with HubServer(CONTENT, "server_error") as server:
+        outcome = run_download(endpoint or server.url.replace("//", "//alice:secret@"), tmp_path)
+    assert outcome.status == 1
+    assert "secret" not in outcome.err
+    assert ("http://hub.invalid" if endpoint else server.url) in outcome.err
 
 
 @pytest.mark.parametrize("mode", ["ok", "redirect", "busy_once"])

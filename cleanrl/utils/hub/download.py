@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from huggingface_hub import (
     HfApi,
+    HfFileMetadata,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -33,6 +35,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging as hub_logging
 
 from cleanrl.utils.bounds import shown
+
+MOST_BYTES = 10**9  # of a file of weights; the largest known are 30 MB
 
 
 @dataclass
@@ -87,6 +91,7 @@ def find_file(
 
 def _list_files(repo_id: str, revision: str | None) -> list[str]:
     """The files of a repo, or those in the cache if the Hub cannot be reached."""
+    _check_revision(revision)
     try:
         return [entry.rfilename for entry in HfApi().model_info(repo_id, revision=revision).siblings or ()]
     except Exception:
@@ -113,21 +118,34 @@ def download(repo_id: str, filename: str, revision: str | None = None, advice: A
             plus three client timeouts (10 s each by default) after the last byte arrived. A slow download
             may take as long as it makes progress.
     """
-    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
-    sizes: dict[Path, int] = {}
+    work = Download(repo_id, filename, revision)
     try:
-        path = ask_the_hub(
-            lambda: _fetch(repo_id, filename, revision), silence_limit_s(), lambda: _has_grown(cache, sizes)
-        )
+        path = ask_the_hub(work.fetch, silence_limit_s(), work.has_grown)
     except Exception as error:
         _refuse(f"download {filename} from {repo_id}", error, repo_id, revision, advice)
     return Path(path)
 
 
+class RevisionError(Exception):
+    """No branch, tag or commit is called so."""
+
+
+def _check_revision(revision: str | None) -> None:
+    """It becomes part of paths in the cache."""
+    if revision is not None and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision):
+        raise RevisionError
+
+
 def _refuse(task: str, error: Exception, repo_id: str, revision: str | None, advice: Advice) -> NoReturn:
     where = f" at revision {revision}" if revision else ""
     message = f"error: cannot {task}{where}: {_explain(error, repo_id, advice)}; or {advice.alternative}."
-    raise SystemExit(" ".join(message.split())) from None
+    raise SystemExit(without_password(" ".join(message.split()))) from None
+
+
+def without_password(text: str) -> str:
+    """A text in which HF_ENDPOINT may stand, without the user and password in it."""
+    user_and_password, at, _ = urlsplit(constants.ENDPOINT).netloc.rpartition("@")
+    return text.replace(user_and_password + at, "") if at else text
 
 
 def silence_limit_s() -> float:
@@ -170,23 +188,13 @@ def ask_the_hub(
     return outcome["result"]
 
 
-def _fetch(repo_id: str, filename: str, revision: str | None) -> str:
-    """Asks for the metadata first: this fails with the exact reason and without the client's long retries."""
-    url = hf_hub_url(repo_id, filename, revision=revision)
-    for is_last_try in (False, True):
-        try:
-            get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            break
-        except (EntryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception as error:
-            cached = try_to_load_from_cache(repo_id, filename, revision=revision)
-            if isinstance(cached, str):
-                return cached
-            if is_last_try or not _is_transient(error):
-                raise
-            time.sleep(1)
-    return hf_hub_download(repo_id, filename, revision=revision)
+def _check_metadata(metadata: HfFileMetadata) -> None:
+    """The client makes paths of the first two, and believes the third."""
+    is_name = re.compile(r"\w[\w.-]*").fullmatch
+    if not (is_name(metadata.etag or "") and is_name(metadata.commit_hash or "")):
+        raise FileMetadataError("the file has no usable ETag or commit")
+    if not 0 < (metadata.size or 0) <= MOST_BYTES:
+        raise FileMetadataError(f"its size is {metadata.size}")
 
 
 def _is_transient(error: Exception) -> bool:
@@ -195,18 +203,54 @@ def _is_transient(error: Exception) -> bool:
     return not isinstance(error, OfflineModeIsEnabled | HFValidationError | FileMetadataError)
 
 
-def _has_grown(cache: Path, sizes: dict[Path, int]) -> bool:
-    """Whether a partial file has grown; it may be another process that downloads it."""
-    grown = False
-    for path in cache.glob("*.incomplete"):
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:  # finished since it was listed
-            continue
-        if size > sizes.get(path, 0):
-            sizes[path] = size
-            grown = True
-    return grown
+class Download:
+    """One file's way into the cache, and whether more of it has arrived."""
+
+    def __init__(self, repo_id: str, filename: str, revision: str | None):
+        self.repo_id, self.filename, self.revision = repo_id, filename, revision
+        self.metadata: HfFileMetadata | None = None  # once the Hub has answered
+        self._size = 0  # of what has arrived
+
+    def fetch(self) -> str:
+        """Asks for the metadata first: that fails with the exact reason, and without long retries."""
+        _check_revision(self.revision)
+        url = hf_hub_url(self.repo_id, self.filename, revision=self.revision)
+        for is_last_try in (False, True):
+            try:
+                metadata = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+                _check_metadata(metadata)
+                self.metadata = metadata
+                break
+            except (EntryNotFoundError, RevisionNotFoundError):
+                raise
+            except Exception as error:
+                cached = try_to_load_from_cache(self.repo_id, self.filename, revision=self.revision)
+                if isinstance(cached, str):
+                    return cached
+                if is_last_try or not _is_transient(error):
+                    raise
+                time.sleep(1)
+        return hf_hub_download(self.repo_id, self.filename, revision=self.revision)
+
+    def has_grown(self) -> bool:
+        """Whether more has arrived since the last call; it may be another process that downloads it.
+
+        Raises:
+            FileMetadataError: more than the file was said to have.
+        """
+        if self.metadata is None:
+            return False
+        blobs = Path(constants.HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "blobs"
+        size = 0
+        for path in blobs.glob(f"{self.metadata.etag}*.incomplete"):
+            with suppress(FileNotFoundError):  # finished since it was listed
+                size = max(size, path.stat().st_size)
+        if size > self.metadata.size:
+            raise FileMetadataError(
+                f"the file has more than the {self.metadata.size} bytes it was said to have"
+            )
+        has_grown, self._size = size > self._size, size
+        return has_grown
 
 
 @contextmanager
@@ -240,7 +284,7 @@ def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
             return f"the repo is gated; accept its terms on {endpoint}/{repo_id} and set HF_TOKEN"
         case EntryNotFoundError():
             return f"the repo has no such file; check {advice.repo_option} and {advice.file_option}"
-        case RevisionNotFoundError():
+        case RevisionNotFoundError() | RevisionError():
             return "the repo has no such revision; check the branch, tag or commit"
         case HfHubHTTPError() if status in (401, 403):
             return (
@@ -254,7 +298,7 @@ def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
         case HfHubHTTPError():
             return f"{endpoint} answered with error {status}; check {advice.repo_option} and HF_ENDPOINT"
         case FileMetadataError():
-            return f"{endpoint} does not answer like the Hub; check HF_ENDPOINT, proxy and firewall"
+            return f"{endpoint} does not answer like the Hub ({error}); check HF_ENDPOINT, proxy and firewall"
         case OSError() if error.errno:
             return f"{error}; check the cache folder {constants.HF_HUB_CACHE} and its disk"
         case ValueError():

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from cleanrl.utils.hub.card import read_card
-from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s
+from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s, without_password
 from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.storage import write_durably
 
@@ -56,7 +56,7 @@ def check_upload(name: str, entity: str | None) -> str:
 
 
 def refuse_upload(fault: str) -> NoReturn:
-    raise SystemExit(f"error: cannot upload to the Hub: {fault}")
+    raise SystemExit(without_password(f"error: cannot upload to the Hub: {fault}"))
 
 
 def upload(folder: Path, entity: str | None = None) -> None:
@@ -92,13 +92,13 @@ def upload(folder: Path, entity: str | None = None) -> None:
             commit_message=f"Upload {folder.name}",
         )
 
-    print(f"uploading to {constants.ENDPOINT}/{repo_id} (to repeat: {again})")
+    print(without_password(f"uploading to {constants.ENDPOINT}/{repo_id} (to repeat: {again})"))
     disable_progress_bars()
     try:
         ask_the_hub(publish, silence_limit_s() + num_bytes / LEAST_BYTES_PER_S)
     except Exception as error:
         refuse_upload(f"{_explain(error)}; nothing is lost, upload it later with {again}")
-    print(f"uploaded: {constants.ENDPOINT}/{repo_id}")
+    print(without_password(f"uploaded: {constants.ENDPOINT}/{repo_id}"))
 
 
 def files_to_publish(folder: Path, named: Sequence[str]) -> list[str]:
