@@ -135,6 +135,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
 from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
@@ -477,11 +478,10 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     return TrainState(student, player, target_network, optimizer, rng, *replays)
 
 
-@torch.no_grad()
 def move(network: nn.Module, towards: nn.Module, weight: float) -> None:
     """Interpolates the network's parameters; a weight of 1 makes a copy."""
-    for parameter, goal in zip(network.parameters(), towards.parameters(), strict=True):
-        parameter.lerp_(goal, weight)
+    interpolate = get_ema_multi_avg_fn(1 - weight)  # of all in a few kernels
+    interpolate([*network.parameters()], [*towards.parameters()], None)
 
 
 @OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
