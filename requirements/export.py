@@ -26,7 +26,8 @@ EXTRAS_OF_FILE = {
     "track": ["track"],
     "cloud": ["cloud"],
     "report": ["report"],
-    "tests": ["atari", "jax", "track", "cloud", "report", "docs", "tests"],
+    "tune": ["report", "tune"],
+    "tests": ["atari", "jax", "track", "cloud", "report", "tune", "docs", "tests"],
     "docs": ["docs"],
 }
 CUDA_BUILD = re.compile(r"nvidia-|cuda-|triton$")

@@ -40,6 +40,8 @@ from cleanrl.utils.benchmark import __main__ as many_runs
 from cleanrl.utils.command_line import check_arguments, parse
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub import publish
+from cleanrl.utils.tune import __main__ as tune
+from cleanrl.utils.tune.space import parse_space
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, unflatten
 
@@ -407,6 +409,24 @@ def run_many_runs(words: list[str], place: Place) -> None:
     assert list(place.folder.glob("runs/*/*.cleanrl_model"))
 
 
+def check_tuning(words: list[str]) -> None:
+    args = read_options(tune.Args, words[3:])
+    [training] = split(args.command)
+    values = [
+        (name, text.partition("=")[2])
+        for name, text in zip(parse_space(args.search), args.search, strict=True)
+    ]
+    options = [word for name, text in values for word in (f"--{name}", re.split("[:,]", text)[0])]
+    check_script([*training, *options])
+
+
+def run_tuning(words: list[str], place: Place) -> None:
+    ((index, training),) = training_commands(words).items()
+    words[index] = shlex.join([*training, *tiny_training(training)])
+    place.run(*words, "--env-id", GAME, "--trials", "1", "--workers", "1")
+    assert list(place.folder.glob("runs/tune/*.png"))
+
+
 def run_report(words: list[str], place: Place) -> None:
     """Of the documented runs, or where these are a user's own, of those in docs/results."""
     if not (place.folder / "runs").exists():
@@ -497,6 +517,7 @@ RULES = [
     Rule(r"python (-m cleanrl\.enjoy|cleanrl/enjoy\.py)\b.*", check_enjoy, run_enjoy),
     Rule(r"python cleanrl/\w+\.py\b.*", check_script, run_script),
     Rule(r"python -m cleanrl\.utils\.benchmark\b.*", check_many_runs, run_many_runs),
+    Rule(r"python -m cleanrl\.utils\.tune\b.*", check_tuning, run_tuning),
     Rule(r"python -m cleanrl\.utils\.report\b.*", anything, run_report),
     Rule(r"sbatch docs/examples/slurm\.sh", anything, None, "tests/test_slurm.py tries it"),
     Rule(r"python -m cleanrl\.utils\.hub\.publish\b.*", check_publish, None, "it needs a finished run"),

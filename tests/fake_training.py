@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cleanrl.utils.command_line import parse_arguments
-from cleanrl.utils.run.charts import EPISODIC_RETURN
+from cleanrl.utils.run.charts import EPISODIC_RETURN, OFFLINE_RETURN
 from cleanrl.utils.run.options import RunOptions
 from cleanrl.utils.run.training_run import TrainingRun
 from cleanrl.utils.shell import prepare_command
@@ -43,6 +43,10 @@ class Args(RunOptions):
     """with this seed each step takes a hundred times as long"""
     deaf: bool = False
     """ignore SIGTERM"""
+    quality: float | None = None
+    """the return of every evaluation: halfway, which is called offline, and at the end"""
+    eval_episodes: int = 2
+    """games in the final evaluation"""
 
 
 @dataclass
@@ -88,11 +92,17 @@ def main(args: Args) -> None:
                 state.value = next_value(state.value, args.seed, state.step)
                 run.plot({EPISODIC_RETURN: state.step}, state.step)
                 progress.update()
+                if state.step == args.total_timesteps // 2 and args.quality is not None:
+                    run.plot({OFFLINE_RETURN: args.quality}, state.step)
+                    run.plot({}, state.step)  # which writes what was plotted before
+                    run.writer.flush()
                 if state.step == args.total_timesteps // 2 and not args.resume:
                     if args.seed == args.fail_seed:
                         raise SystemExit(f"error: seed {args.seed} cannot continue")
                     if args.seed == args.die_seed:
                         os.kill(os.getpid(), signal.SIGKILL)
+        if args.quality is not None:
+            run.finish([args.quality - 1, args.quality + 1])
         write_durably(run.folder / f"{args.exp_name}.cleanrl_model", state.value.encode())
         (run.folder / "ended").write_text(str(time.time()))
 

@@ -244,9 +244,21 @@ def test_two_benchmarks_do_not_share_a_run():
     assert not files()
 
 
-def test_a_damaged_record_is_a_one_line_error():
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"command": ["fake_training.py"], "st',
+        "[]",
+        '{"command": "x"}',
+        '{"command": [1]}',
+        '{"command": ["x"], "state": "lost"}',
+        '{"command": ["x"], "seconds": "1"}',
+        '{"command": ["x"], "folder": "../../elsewhere"}',
+    ],
+)
+def test_a_damaged_record_is_a_one_line_error(record):
     RECORD.parent.mkdir(parents=True)
-    RECORD.write_text('{"command": ["fake_training.py"], "st')
+    RECORD.write_text(record)
     with pytest.raises(SystemExit, match=r"json is damaged; delete it to start that run again"):
         run()
 

@@ -23,7 +23,8 @@ EXTRAS = {
     "track": ["track"],
     "cloud": ["cloud"],
     "report": ["report"],
-    "tests": ["atari", "jax", "track", "cloud", "report", "docs", "tests"],
+    "tune": ["report", "tune"],
+    "tests": ["atari", "jax", "track", "cloud", "report", "tune", "docs", "tests"],
     "docs": ["docs"],
 }
 CUDA = re.compile(r"nvidia-|cuda-|triton|jax-cuda")

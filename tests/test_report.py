@@ -207,6 +207,13 @@ def test_an_older_report_is_replaced(one_run, tmp_path, output):
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "report"}
 
 
+def test_a_users_own_folder_named_as_a_report_is_not_replaced(one_run, tmp_path):
+    (tmp_path / "report" / "report.md").mkdir(parents=True)
+    (tmp_path / "report" / "report.md" / "mine.txt").write_text("mine")
+    assert "contains report.md, not part of a report" in error_of(one_run, "--output", tmp_path / "report")
+    assert (tmp_path / "report" / "report.md" / "mine.txt").read_text() == "mine"
+
+
 def test_nothing_else_is_replaced(output):
     file = output / "notes.txt"
     file.write_text("mine")

@@ -1,8 +1,14 @@
 """cleanrl/utils/report/runs.py: which runs are found and used, and what is read of whole and damaged ones."""
 
+import os
+import struct
+
 import pytest
 from made_runs import write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.summary.writer.record_writer import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from cleanrl.utils.report.runs import UnusableError, find_runs, read_run
@@ -73,6 +79,11 @@ def test_a_damaged_run_is_left_out(tmp_path):
     [
         ({"offline_steps": "many"}, [(1, 1.0)], "damaged: its options are invalid"),
         ({"offline_steps": 5}, [(1, 1.0)], "damaged: its options are invalid"),  # and no teacher_steps
+        (
+            {"offline_steps": 5, "teacher_steps": 9, "num_envs": 0},
+            [(1, 1.0)],
+            "damaged: its options are invalid",
+        ),
         ({}, [(1, 1.0), (7, float("nan"))], "damaged: charts/episodic_return is nan at step 7"),
     ],
 )
@@ -80,6 +91,31 @@ def test_invalid_runs_are_left_out(tmp_path, options, games, fault):
     run = write_run(tmp_path, games=games, **options)
     with pytest.raises(UnusableError, match=fault):
         read_run(run, include_unfinished=True)
+
+
+@pytest.mark.parametrize("damage", ["tensor", "length", "fifo"])
+def test_a_damaged_run_does_not_cost_the_report_of_others(tmp_path, damage):
+    good, bad = write_run(tmp_path, seed=1), write_run(tmp_path, seed=2)
+    (path,) = bad.glob("events.*")
+    if damage == "tensor":
+        with SummaryWriter(str(bad)) as writer:
+            plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+            tensor = TensorProto(dtype=1, float_val=[1, 2], tensor_shape={"dim": [{"size": 2}]})
+            value = Summary.Value(tag=EVALUATION_RETURN, metadata=plugin, tensor=tensor)
+            writer.file_writer.add_summary(Summary(value=[value]), 3)
+        fault = "damaged: eval/episodic_return is no number at step 3"
+    elif damage == "length":
+        header = struct.pack("<Q", 2**62)
+        with path.open("ab") as file:
+            file.write(header + struct.pack("<I", masked_crc32c(header)) + bytes(100))
+        fault = f"damaged: a record in {path.name} is not an event"
+    else:
+        path.unlink()
+        os.mkfifo(path)  # reading it would wait for ever
+        fault = "empty: no event files"
+    found = find_runs([tmp_path], include_unfinished=False)
+    assert [run.folder for run in found.runs] == [good]
+    assert found.left_out == [(bad, fault)]
 
 
 def test_empty_runs_are_left_out(tmp_path):

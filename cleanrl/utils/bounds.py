@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 
 class Bounds(NamedTuple):
@@ -38,11 +39,29 @@ class NameRule(NamedTuple):
         return f"at most {self.most_characters} {characters}"
 
 
+def printable(text: str) -> str:
+    """A text without the control characters that could move a terminal's cursor."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def shown(value: object) -> str:
     """What a user gave, as part of a line: without control characters, and not too long."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)[1:-1]
+    text = printable(str(value))
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def has_kind(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON may be one of an option, or a dataclass's field, of that type."""
+    parts = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return has_kind(value, parts[0])
+    if get_origin(kind) is Literal:
+        return value in parts
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(has_kind(item, parts[0]) for item in value)
+    if parts:  # of a union
+        return any(has_kind(value, part) for part in parts)
+    return type(value) in {float: (int, float), Path: (str,)}.get(kind, (kind,))
 
 
 Name = Annotated[str, NameRule()]

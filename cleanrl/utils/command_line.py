@@ -8,11 +8,11 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
-from cleanrl.utils.bounds import Bounds, NameRule, shown
+from cleanrl.utils.bounds import Bounds, NameRule, has_kind, shown
 from cleanrl.utils.games.atari import count_actions, random_return
 from cleanrl.utils.run.checkpoint import saved_options
 from cleanrl.utils.run.folders import newest_unfinished_run, unfinished_runs
@@ -119,7 +119,7 @@ def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = N
     for name, kind in typing.get_type_hints(args_type, include_extras=True).items():
         if name in options:
             value = options[name]
-            if not _has_kind(value, kind):
+            if not has_kind(value, kind):
                 raise SystemExit(
                     f"error: --resume {shown(run_folder)}: its checkpoint's {name} is {shown(value)}, which"
                     " is no such option's; start again without --resume"
@@ -127,17 +127,6 @@ def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = N
             defaults[name] = Path(value) if Path in typing.get_args(kind) and value is not None else value
     args = parse(args_type, default=args_type(**defaults))
     return dataclasses.replace(args, resume=str(run_folder))
-
-
-def _has_kind(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON may be that of an option of that type."""
-    if typing.get_origin(kind) is Annotated:
-        return _has_kind(value, typing.get_args(kind)[0])
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if parts := typing.get_args(kind):  # of a union
-        return any(_has_kind(value, part) for part in parts)
-    return type(value) in {float: (int, float), Path: (str,)}.get(kind, (kind,))
 
 
 def check_bounds(args: Any) -> None:

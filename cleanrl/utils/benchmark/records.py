@@ -10,12 +10,13 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import filelock
 
 from cleanrl.utils.benchmark.logs import last_line, short_progress
 from cleanrl.utils.benchmark.plan import Plan
+from cleanrl.utils.bounds import has_kind
 from cleanrl.utils.run.folders import manifests
 from cleanrl.utils.storage import write_durably
 
@@ -90,7 +91,13 @@ class Job:
 
     def _read(self) -> Record | None:
         try:
-            return Record(**json.loads(self.record_path.read_text("utf-8")))
+            record = Record(**json.loads(self.record_path.read_text("utf-8")))
+            for name, kind in get_type_hints(Record).items():
+                if not has_kind(getattr(record, name), kind):
+                    raise ValueError(name)
+            if record.folder and not record.folder.startswith(f"{self.plan.name}__"):
+                raise ValueError("it is the folder of another run")
+            return record
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

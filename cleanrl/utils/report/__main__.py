@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from cleanrl.utils.bounds import NonNegativeInt, PositiveInt
+from cleanrl.utils.bounds import NonNegativeInt, PositiveInt, printable, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.report.runs import find_runs
 from cleanrl.utils.shell import prepare_command
@@ -58,7 +58,9 @@ def check_arguments(args: Args) -> None:
 def check_output(folder: Path) -> None:
     """Raises SystemExit with a one-line error if the folder contains anything but a report."""
     if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if not REPORT_FILES.fullmatch(path.name))
+        files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+        ours = {path for path in files if REPORT_FILES.fullmatch(path.name)}
+        others = sorted(shown(path.name) for path in {*folder.iterdir()} - ours)
         if others:
             refuse("output", folder, f"contains {others[0]}, not part of a report; name another folder")
     elif folder.exists():
@@ -69,9 +71,9 @@ def main(args: Args) -> None:
     check_arguments(args)
     found = find_runs(args.runs, args.include_unfinished)
     for folder, reason in found.left_out:
-        print(f"left out: {folder}: {reason}", file=sys.stderr)
+        print(f"left out: {shown(folder)}: {reason}", file=sys.stderr)
     for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if not found.runs:
         names = ", ".join(map(str, args.runs))
         reason = f"{len(found.left_out)} left out" if found.left_out else "there are none"

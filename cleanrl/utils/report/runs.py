@@ -183,7 +183,7 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
         teacher_steps = teacher_steps_played(options) if is_qdagger else 0
         teacher_games = int(options.get("teacher_eval_episodes", 0))
         games_to_play = int(options.get("eval_episodes", 1))
-    except (KeyError, ValueError) as fault:
+    except (KeyError, ValueError, ZeroDivisionError) as fault:
         raise UnusableError(f"damaged: its options are invalid ({fault})") from None
     games_played = len(curves[EVALUATION_RETURN].steps)
     if games_played < games_to_play and not unfinished:
@@ -231,7 +231,12 @@ def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str
             for value in event.summary.value:
                 if value.tag in points:
                     is_simple = value.HasField("simple_value")  # unlike those of TensorFlow's newer writers
-                    number = value.simple_value if is_simple else make_ndarray(value.tensor).item()
+                    try:
+                        number = value.simple_value if is_simple else float(make_ndarray(value.tensor).item())
+                    except (TypeError, ValueError):
+                        raise UnusableError(
+                            f"damaged: {value.tag} is no number at step {event.step}"
+                        ) from None
                     if not math.isfinite(number):
                         raise UnusableError(f"damaged: {value.tag} is {number} at step {event.step}")
                     points[value.tag].append((event.step, number))
@@ -263,7 +268,7 @@ def read_events(path: Path, faults: list[str]) -> Iterator[Event]:
         if "truncated" not in error.message:
             raise UnusableError(f"damaged: a checksum in {path.name} is wrong") from None
         faults.append(f"{path.name} is truncated; its last record is lost")
-    except DecodeError:
+    except (DecodeError, OverflowError, MemoryError):
         raise UnusableError(f"damaged: a record in {path.name} is not an event") from None
     except OSError as error:
         raise UnusableError(f"{path.name} cannot be read ({error.strerror})") from None

@@ -1,0 +1,95 @@
+"""Searches for good hyperparameters of a training script, with Optuna.
+
+    python -m cleanrl.utils.tune --env-id PongNoFrameskip-v4 --study pong --trials 20 --workers 2 \\
+        --command "python cleanrl/qdagger_dqn_atari_impalacnn.py --preset quick" \\
+        --search temperature=0.02:1:log distill-weight=0.3:10:log learning-rate=1e-4:2e-3:log
+
+Each trial is a run, scored by its final evaluation and pruned by those offline. Started again, the search
+resumes, also the runs that it was stopped in. See docs/many-runs.md.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+from cleanrl.utils.benchmark.plan import option_value, split_command
+from cleanrl.utils.bounds import Name, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from cleanrl.utils.command_line import check_bounds, parse
+from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.shell import prepare_command
+
+
+@dataclass
+class Args:
+    # search
+    command: str
+    """the training script with the options that stay the same, in quotes"""
+    env_id: str
+    """the game, as {Game}NoFrameskip-v4"""
+    search: tuple[str, ...]
+    """what varies, as temperature=0.02:1:log (a range), n-step=1:5 (of whole numbers), td-loss=mse,huber"""
+    study: Name = "study"
+    """name of the search; all it knows is in runs/tune/{study}.db, which several machines may share"""
+    trials: PositiveInt = 20
+    """runs in all, pruned ones and those of earlier starts included"""
+    workers: PositiveInt = 1
+    """runs at a time"""
+    warm_up_trials: NonNegativeInt = 5
+    """runs before others are pruned: those whose evaluation offline is below the median at that step"""
+    seed: Seed = 1
+    """seed of every run, and of the search"""
+    grace_period: NonNegativeFloat = 120.0
+    """seconds a stopped run has for its last checkpoint before it is killed"""
+
+
+def main(args: Args) -> int:
+    """Searches, prints the table and draws the picture; returns the exit status."""
+    check_bounds(args)
+    count_actions(args.env_id)
+    for package in ("optuna", "matplotlib"):
+        if not importlib.util.find_spec(package):
+            raise SystemExit(
+                f"error: a search needs {package}: pip install -r requirements/requirements-tune.txt"
+            )
+    command, _ = split_command(args.command)
+    if option_value(command, "exp_name") is not None:
+        raise SystemExit(f"error: --command {args.command}: the search sets --exp-name; leave it out")
+
+    import optuna  # the package checked above
+
+    from cleanrl.utils.tune.results import draw, table
+    from cleanrl.utils.tune.space import parse_space
+    from cleanrl.utils.tune.trials import RECORDS, Search, run_trials
+
+    space = parse_space(args.search)
+    for name in space.keys() & {"env-id", "exp-name", "resume", "seed"}:
+        raise SystemExit(f"error: --search {name}: the search sets --{name}; leave it out")
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{RECORDS / args.study}.db",
+        sampler=optuna.samplers.TPESampler(seed=args.seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=args.warm_up_trials),
+        study_name=args.study,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "space": list(space)}
+    for name, value in same.items():
+        if study.user_attrs.setdefault(name, value) != value:
+            raise SystemExit(
+                f"error: the study {args.study} was started with another {name}, {study.user_attrs[name]};"
+                " give this one its own --study"
+            )
+        study.set_user_attr(name, value)
+    search = Search(study, command, args.env_id, args.seed, space)
+    status = run_trials(search, args.trials, args.workers, args.grace_period)
+    print("\n".join(table(study)))
+    draw(study, space, RECORDS / f"{args.study}.png")
+    print(f"picture: {RECORDS / args.study}.png")
+    return status
+
+
+if __name__ == "__main__":
+    prepare_command()
+    sys.exit(main(parse(Args)))

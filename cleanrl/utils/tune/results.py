@@ -1,0 +1,53 @@
+"""What a study found: a table of its trials, best first, and a picture of what each option does."""
+
+from pathlib import Path
+
+import optuna
+from matplotlib import style
+from matplotlib.figure import Figure
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from cleanrl.utils.report.pictures import COLORS, DPI, GREY, STYLE
+
+
+def last_value(trial: FrozenTrial) -> float | None:
+    """Its final return or, of a pruned trial, that of its last evaluation."""
+    if trial.state == TrialState.COMPLETE:
+        return trial.value
+    return trial.intermediate_values.get(trial.last_step)
+
+
+def table(study: optuna.Study) -> list[str]:
+    """Lines: those that finished, the best first, then the others."""
+    trials = sorted(study.trials, key=lambda trial: (-(trial.value or -1e9), trial.number))
+    rows = [["trial", "state", "return", *study.user_attrs["space"]]]
+    for trial in trials:
+        value = last_value(trial)
+        shown = "–" if value is None else f"{value:.2f}".replace("-", "−")
+        params = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
+        rows.append([str(trial.number), trial.state.name.lower(), shown, *params])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def draw(study: optuna.Study, space: dict[str, BaseDistribution], path: Path) -> None:
+    """A plot for each option: its value and the return of each trial; pruned ones are hollow."""
+    with style.context(STYLE):
+        figure = Figure(figsize=(3.2 * len(space) + 1, 3.6), layout="constrained")
+        for axes, (name, values) in zip(
+            figure.subplots(1, len(space), sharey=True, squeeze=False)[0], space.items(), strict=True
+        ):
+            for trial in study.trials:
+                value = last_value(trial)
+                if value is not None and name in trial.params:
+                    is_complete = trial.state == TrialState.COMPLETE
+                    color = COLORS[0] if is_complete else GREY
+                    axes.scatter(
+                        trial.params[name], value, color=color, facecolors=None if is_complete else "none"
+                    )
+            if getattr(values, "log", False):
+                axes.set_xscale("log")
+            axes.set_xlabel(f"--{name}")
+        figure.axes[0].set_ylabel("mean return (hollow: pruned)")
+        figure.savefig(path, dpi=DPI)

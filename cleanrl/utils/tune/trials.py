@@ -1,0 +1,151 @@
+"""The trials of a study: each is a run of the training script, which can be stopped and resumed."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+
+from cleanrl.utils.benchmark.plan import Plan
+from cleanrl.utils.benchmark.processes import LocalRunner, run_environment
+from cleanrl.utils.benchmark.records import Job
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.report.runs import UnusableError, read_curves
+from cleanrl.utils.run.charts import EVALUATION_RETURN, OFFLINE_RETURN
+from cleanrl.utils.run.folders import event_files
+from cleanrl.utils.signals import StopSignals
+
+RECORDS = Path("runs") / "tune"
+
+
+@dataclass
+class Attempt:
+    """A trial while its run is worked on."""
+
+    trial: optuna.trial.Trial
+    job: Job
+    num_reported: int = 0  # evaluations
+    is_pruned: bool = False
+
+    def follow(self, runner: LocalRunner) -> bool:
+        """Reports new evaluations offline; stops the run if others did better; returns whether it ended."""
+        evaluations, final_returns = self._returns()
+        for step, mean_return in evaluations[self.num_reported :]:
+            self.trial.report(mean_return, step)
+            self.num_reported += 1
+            if not self.is_pruned and self.job in runner.running and self.trial.should_prune():
+                self.is_pruned = True
+                runner.running[self.job].stop(runner.grace_s)
+        if self.job in runner.running or self.job in runner.waiting:
+            return False
+        state = self.job.record.state
+        if state == "done" and final_returns:
+            self.trial.study.tell(self.trial, fmean(final_returns))
+        elif self.is_pruned:
+            self.trial.study.tell(self.trial, state=TrialState.PRUNED)
+        elif state != "stopped":  # a stopped one is resumed at the next start
+            self.trial.study.tell(self.trial, state=TrialState.FAIL)
+        self.job.__exit__()
+        return True
+
+    def _returns(self) -> tuple[list[tuple[int, float]], list[float]]:
+        """Step and mean return of each evaluation offline, and the returns of the final evaluation."""
+        folder = self.job.run_folder
+        try:
+            _, curves = read_curves(event_files(folder) if folder else [], faults=[])
+        except UnusableError:  # it is just being written
+            return [], []
+        offline = (column.tolist() for column in curves[OFFLINE_RETURN])
+        return list(zip(*offline, strict=True)), curves[EVALUATION_RETURN].values.tolist()
+
+    @property
+    def outcome(self) -> str:
+        if self.is_pruned:
+            return "pruned"
+        return f"{self.job.record.state} {self.job.record.message}".strip()
+
+    def __str__(self) -> str:
+        options = self.job.plan.command[-2 * len(self.trial.params) :]
+        return f"trial {self.trial.number} ({shlex.join(options)})"
+
+
+@dataclass
+class Search:
+    """What all trials of a study have in common."""
+
+    study: optuna.Study
+    command: tuple[str, ...]
+    env_id: str
+    seed: int
+    space: dict[str, BaseDistribution]
+
+    def _job(self, number: int, params: dict[str, object]) -> Job:
+        """The run of a trial; raises SystemExit if another process is working on it."""
+        options = [word for name, value in params.items() for word in (f"--{name}", str(value))]
+        exp_name = f"{self.study.study_name}-{number}"
+        return Job(Plan(self.env_id, exp_name, self.seed, (*self.command, *options)), RECORDS)
+
+    def interrupted(self) -> Iterator[Attempt]:
+        """Trials that have begun and that nobody is working on: those in which a search was stopped."""
+        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            try:
+                job = self._job(frozen.number, frozen.params)
+            except SystemExit:
+                continue
+            trial = optuna.trial.Trial(self.study, frozen._trial_id)  # Optuna has no public way
+            yield Attempt(trial, job, len(frozen.intermediate_values))
+
+    def next(self) -> Attempt:
+        """A trial of the values that are most promising after those so far."""
+        trial = self.study.ask(self.space)
+        return Attempt(trial, self._job(trial.number, trial.params))
+
+    def num_trials(self) -> int:
+        """Those that have an outcome, or are worked on."""
+        counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        return len(self.study.get_trials(deepcopy=False, states=counted))
+
+
+def run_trials(search: Search, num_trials: int, workers: int, grace_s: float) -> int:
+    """Runs trials until there are so many; a failure ends the search.
+
+    Args:
+        search: the study and what its trials are.
+        num_trials: in all, those of earlier starts included.
+        workers: runs at a time.
+        grace_s: how long a stopped run may take.
+
+    Returns:
+        The exit status.
+    """
+    cores = max(1, available_cores() // workers) if workers > 1 else None
+    runner = LocalRunner([], workers, run_environment(cores), grace_s)
+    active = list(search.interrupted())
+    runner.waiting.extend(attempt.job for attempt in active)
+    failure = ""
+    try:
+        with StopSignals() as signals:
+            while True:
+                if (signals.received or failure) and not runner.is_stopping:
+                    runner.stop()
+                while not runner.is_stopping and len(active) < workers and search.num_trials() < num_trials:
+                    active.append(search.next())
+                    runner.waiting.append(active[-1].job)
+                if not runner.is_busy:
+                    break
+                runner.step()
+                for attempt in [attempt for attempt in active if attempt.follow(runner)]:
+                    active.remove(attempt)
+                    print(f"{attempt}: {attempt.outcome}", flush=True)
+                    if attempt.job.record.state == "failed":
+                        failure = f"error: {attempt} failed; its log is {attempt.job.log_path}"
+    finally:
+        runner.close()
+    if failure:
+        print(failure, file=sys.stderr)
+    return 128 + signals.received if signals.received else int(bool(failure))

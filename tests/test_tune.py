@@ -1,0 +1,143 @@
+"""cleanrl.utils.tune with runs that learn nothing, but whose returns are known."""
+
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from both_scripts import ROOT, run_python, start_python
+from matplotlib import image
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from cleanrl.utils.command_line import describe_options
+from cleanrl.utils.tune.__main__ import Args
+from cleanrl.utils.tune.space import parse_space
+
+COMMAND = f"python {ROOT / 'tests' / 'fake_training.py'} --eval-episodes 2"
+SEARCH = ["-m", "cleanrl.utils.tune", "--env-id", "PongNoFrameskip-v4", "--study", "pong"]
+
+
+def options(*words: str, command: str = COMMAND, search: str = "quality=-5:5") -> list[str]:
+    return [*SEARCH, "--command", command, "--search", *search.split(), *words]
+
+
+def study_in(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name="pong", storage=f"sqlite:///{folder}/runs/tune/pong.db")
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_is_best_and_shows_it(tmp_path):
+    words = options("--trials", "8", "--workers", "2", search="quality=-5.0:5.0 step-s=0.001:0.01:log")
+    status, output, errors = run_python(tmp_path, *words)
+    assert status == 0, errors
+    study = study_in(tmp_path)
+    assert len(study.trials) == 8
+    for trial in study.trials:
+        assert trial.params.keys() == {"quality", "step-s"}
+        value = trial.value if trial.state.name == "COMPLETE" else trial.intermediate_values[10]
+        assert value == pytest.approx(trial.params["quality"], rel=1e-6)  # its run had those options
+    best, *_ = [line.split() for line in output.splitlines() if " complete " in line]
+    assert (best[0], float(best[2].replace("−", "-"))) == (
+        str(study.best_trial.number),
+        pytest.approx(study.best_value, abs=0.01),
+    )
+    assert image.imread(tmp_path / "runs" / "tune" / "pong.png").shape[1] > 700
+
+
+@pytest.mark.slow
+def test_a_run_that_does_worse_than_others_is_pruned(tmp_path):
+    """Of six values tried one by one, the worst come last."""
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/pong.db", study_name="pong", direction="maximize")
+    (tmp_path / "runs" / "tune").mkdir(parents=True)
+    (tmp_path / "pong.db").rename(tmp_path / "runs" / "tune" / "pong.db")
+    study = study_in(tmp_path)
+    for quality in (3, 4, 5, -4, -5):
+        study.enqueue_trial({"quality": quality})
+    slow = f"{COMMAND} --step-s 0.1"
+    words = options("--trials", "5", "--warm-up-trials", "2", command=slow, search="quality=-5:5")
+    status, output, errors = run_python(tmp_path, *words)
+    assert status == 0, errors
+    assert [trial.state.name for trial in study_in(tmp_path).trials] == ["COMPLETE"] * 3 + ["PRUNED"] * 2
+    assert "trial 3 (--quality -4): pruned" in output
+    for number in (3, 4):
+        (folder,) = (tmp_path / "runs").glob(f"PongNoFrameskip-v4__pong-{number}__1__*")
+        assert not (folder / "ended").exists()
+
+
+@pytest.mark.slow
+def test_a_search_that_is_stopped_resumes_its_runs(tmp_path):
+    words = options("--trials", "2", "--workers", "2", command=f"{COMMAND} --step-s 0.2")
+    process = start_python(tmp_path, *words)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("runs/*/starts.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert [trial.state.name for trial in study_in(tmp_path).trials] == ["RUNNING"] * 2
+    status, output, errors = run_python(tmp_path, *words)
+    assert status == 0, output + errors
+    assert [trial.state.name for trial in study_in(tmp_path).trials] == ["COMPLETE"] * 2
+    for path in tmp_path.glob("runs/*/starts.jsonl"):
+        first, second = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert first == 0 < second
+
+
+@pytest.mark.slow
+def test_a_failing_run_ends_the_search_with_its_reason(tmp_path):
+    status, output, errors = run_python(tmp_path, *options("--trials", "5", search="qualty=-5:5"))
+    assert status == 1
+    assert "Unrecognized options: --qualty" in output
+    (line,) = errors.splitlines()
+    assert line.startswith("error: trial 0 (--qualty ")
+    assert line.endswith("failed; its log is runs/tune/PongNoFrameskip-v4__pong-0__1.log")
+    assert len(study_in(tmp_path).trials) == 1
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Args), ids=lambda field: field.name)
+def test_every_option_is_in_the_docs_with_its_default(field):
+    page = (ROOT / "docs" / "tuning.md").read_text("utf-8")
+    default = "–" if field.default is dataclasses.MISSING else field.default
+    text = describe_options(Args)[field.name].help
+    assert f"| `--{field.name.replace('_', '-')}` | {default} | {text} |\n" in page
+
+
+def test_what_can_vary():
+    assert parse_space(["temperature=0.02:1:log", "--n_step=1:5", "td-loss=mse,huber"]) == {
+        "temperature": FloatDistribution(0.02, 1.0, log=True),
+        "n-step": IntDistribution(1, 5),
+        "td-loss": CategoricalDistribution(["mse", "huber"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x", "x=", "x=1", "x=a,a", "x=a,", "x=1:2:linear", "x=2:1", "x=0:1:log", "x=a:b", "=1:2", "x=1:nan"],
+)
+def test_what_cannot_vary_is_refused(text):
+    with pytest.raises(SystemExit, match=r"^error: --search [^\n]+ write what varies as temperature="):
+        parse_space([text])
+    with pytest.raises(SystemExit, match=r"^error: --search names nothing"):
+        parse_space([])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (options(search="seed=1:3"), "--search seed: the search sets --seed; leave it out"),
+        (options(command=f"{COMMAND} --exp-name x"), "the search sets --exp-name; leave it out"),
+        (options(command="python none.py"), "there is no none.py"),
+        (options("--study", "../x"), "--study ../x must be at most 100 letters"),
+        (options("--env-id", "X"), "--env-id X is not known"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, words, says):
+    status, _, errors = run_python(tmp_path, *words)
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert says in line
