@@ -288,7 +288,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     )
     target_network.requires_grad_(False).load_state_dict(q_network.state_dict())
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, **adam_options(device))
-    replay = plan_replay(args, TorchFrames, device)
+    replay = plan_replay(args, num_actions, TorchFrames, device)
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
 
 

@@ -301,7 +301,7 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
     q_network = QFunction(params, network)
     target_network = jax.tree.map(jnp.copy, q_network)
     learner = Learner(q_network, target_network, optax.adam(args.learning_rate).init(q_network))
-    replay = plan_replay(args, JaxFrames, device)
+    replay = plan_replay(args, num_actions, JaxFrames, device)
     return TrainState(jax.device_put(learner, device), np.random.default_rng(args.seed), replay)
 
 

@@ -28,6 +28,7 @@ from both_scripts import (
     uses_torch,
 )
 
+from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.saved_replay import open_replay
 
 SMOKE = [  # the published settings for a run of seconds
@@ -112,7 +113,8 @@ def test_dqn_makes_a_teacher_and_a_replay_that_qdagger_takes(dqn, tmp_path):
     saved = open_replay(args, 4)
     assert saved.num_envs == 2
     assert (saved.heads >= 300).all()
-    rows = [rows for _, rows in saved.rows(num_slots=204)]
+    replay = ReplayBuffer(400, 2, make_frames=None, num_actions=4)
+    rows = [rows for _, rows in saved.rows(replay)]
     assert sum(len(part["frames"]) for part in rows) == saved.num_rows == 2 * 204
     assert sum(part["is_transition"].sum() for part in rows) >= 2 * 150
 

@@ -88,7 +88,7 @@ class PlacedFrames(MadeFrames):
 )
 def test_the_frames_lie_on_the_training_device_if_they_fit_else_on_the_host(buffer_size, device, expected):
     qdagger_args = qdagger_dqn_atari_impalacnn.Args(buffer_size=buffer_size)
-    planned = [plan_replay(dqn_atari.Args(buffer_size=buffer_size), PlacedFrames, device)]
+    planned = [plan_replay(dqn_atari.Args(buffer_size=buffer_size), 4, PlacedFrames, device)]
     planned += plan_replays(qdagger_args, 18, PlacedFrames, device)
     assert len(planned) == 3
     for replay in planned:
@@ -126,7 +126,7 @@ def test_frames_that_another_run_took_meanwhile_are_a_one_line_error(error):
 
     args = dqn_atari.Args(buffer_size=1_000)
     with pytest.raises(SystemExit, match=r"^error: .*memory.*use --buffer-device cpu or a smaller"):
-        plan_replay(args, TakenFrames, "gpu")
+        plan_replay(args, 4, TakenFrames, "gpu")
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,10 @@ def test_a_worker_killed_between_two_steps_is_reported_at_once():
 
 
 def test_an_error_in_an_environment_is_reported_with_its_message():
-    with pytest.raises(WorkerError, match="ValueError: the ball is gone"):
+    with pytest.raises(
+        WorkerError,
+        match=r"^an environment failed: ValueError: the ball is gone \(.*test_parallel_envs.py:\d+\)$",
+    ):
         step_with(RAISE)
     assert not own_workers()
 
@@ -204,7 +207,7 @@ def test_an_error_in_an_environment_is_reported_with_its_message():
 def test_an_environment_that_cannot_be_made_in_a_worker_is_reported_with_its_message():
     with ParallelEnvs([BrokenInWorkers] * 2, num_workers=2) as envs:
         wait_until_gone(own_workers())
-        with pytest.raises(WorkerError, match="ValueError: no such ROM"):
+        with pytest.raises(WorkerError, match=r"^an environment failed: ValueError: no such ROM \(.*\)$"):
             envs.reset(seed=0)
 
 

@@ -21,6 +21,7 @@ from replays import NUM_ACTIONS, PONG, ImpatientGenerator, Stream, filled, load,
 
 from cleanrl.qdagger_dqn_atari_impalacnn import Args
 from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.saved_replay import check_new_folder, open_replay
 from cleanrl.utils.storage import FileEntry, read_manifest, read_tree, write_manifest, write_tree
 
@@ -32,7 +33,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def read_all(folder: Path, num_actions: int = NUM_ACTIONS, **options: Any) -> None:
     args = Args(**{"env_id": PONG, "batch_size": 1, "teacher_replay_path": folder} | options)
-    for _ in open_replay(args, num_actions).rows(num_slots=100):
+    saved = open_replay(args, num_actions)
+    for _ in saved.rows(
+        ReplayBuffer(100 * saved.num_envs, saved.num_envs, MadeFrames, num_actions=num_actions)
+    ):
         pass
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 from both_scripts import read_curves, run_python
 from exact_kills import EnvsInThisProcess
-from replays import make_replay
+from replays import NUM_ACTIONS, Stream, fill, make_replay
 from torch import nn
 
 from cleanrl.dqn_atari import make_env
@@ -30,6 +31,7 @@ from cleanrl.utils.run.folders import manifests
 from cleanrl.utils.run.options import RunOptions
 from cleanrl.utils.run.training_run import TrainingRun
 from cleanrl.utils.signals import Stopped
+from cleanrl.utils.storage import FileEntry, read_manifest, read_tree, write_manifest, write_tree
 
 LOSS = "losses/td_loss"
 
@@ -342,6 +344,94 @@ def test_a_checkpoint_of_another_version_of_the_script_is_refused(unfinished):
         " state differs in added; finish the run with the version that started it, or start again without"
         " --resume"
     )
+
+
+Content = dict[str, Any]
+
+
+def the_state(change: Callable[[Content], Any]) -> Callable[[Content, Content, Content], Any]:
+    return lambda saved, rows, manifest: change(saved["state"])
+
+
+def the_rows(change: Callable[[Content], Any]) -> Callable[[Content, Content, Content], Any]:
+    return lambda saved, rows, manifest: change(rows)
+
+
+def the_replay(**changes: Any) -> Callable[[Content, Content, Content], Any]:
+    return lambda saved, rows, manifest: manifest["replays"]["replay"].update(changes)
+
+
+def halved(rows: Content) -> None:
+    for name, values in rows.items():
+        rows[name] = values[::2]
+
+
+FAULTS = {
+    "a counter is a text": the_state(lambda state: state.update(step="5")),
+    "a counter is NaN": the_state(lambda state: state.update(step=float("nan"))),
+    "a counter is negative": the_state(lambda state: state.update(step=-1)),
+    "a weight is NaN": the_state(lambda state: state["network"]["weight"].fill(np.nan)),
+    "there are no games": lambda saved, rows, manifest: saved.pop("games"),
+    "the games are a number": lambda saved, rows, manifest: saved.update(games=3),
+    "a return is a text": lambda saved, rows, manifest: saved.update(mean_returns={"best": "3"}),
+    "half of the rows are missing": the_rows(halved),
+    "a row is there twice": the_rows(lambda rows: rows["positions"].__setitem__(1, rows["positions"][0])),
+    "a row is beyond the head": the_rows(lambda rows: rows["positions"].__setitem__(0, 99)),
+    "a row is of no ring": the_rows(lambda rows: rows["envs"].__setitem__(0, 2)),
+    "an action is none": the_rows(lambda rows: rows["actions"].fill(200)),
+    "a stack is too deep": the_rows(lambda rows: rows["stack_depths"].fill(9)),
+    "a reward is NaN": the_rows(lambda rows: rows["rewards"].fill(np.nan)),
+    "a Q-value is infinite": the_rows(lambda rows: rows["teacher_q_values"].fill(np.inf)),
+    "there are no Q-values": the_rows(lambda rows: rows.pop("teacher_q_values")),
+    "frames have another shape": the_rows(lambda rows: rows.update(frames=rows["frames"][:, :80])),
+    "the heads are beyond the rows": the_replay(heads=[90, 90]),
+    "the heads are of other environments": the_replay(heads=[4], oldest=[0]),
+    "the heads are texts": the_replay(heads=["x", "y"]),
+    "the heads are huge": the_replay(heads=[10**400, 4]),
+    "the rows would take all memory": the_replay(heads=[10**11, 10**11]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_whose_content_no_run_has_gives_way_to_the_one_before(fault, capsys):
+    """Its checksums are right. Without one before, the run is refused."""
+    stream = Stream(2, 8, 0.0)
+    replay = ReplayBuffer(
+        20, 2, lambda slots: TorchFrames(slots, "cpu"), NUM_ACTIONS, num_actions=NUM_ACTIONS
+    )
+    with killed_run(state=State(replay=replay)) as run:
+        for index in fill(replay, stream):
+            if index in (3, 7):
+                run.state.step = index
+                run.checkpoint()
+                time.sleep(1e-6)
+    newest, before = manifests(run.folder)
+    manifest, folder = read_manifest(newest), newest.parent
+    saved = read_tree(folder, FileEntry(*manifest["state"]))
+    last_file = manifest["replays"]["replay"]["files"][-1]
+    rows = read_tree(folder, FileEntry(last_file["name"], last_file["sha256"]))
+    FAULTS[fault](saved, rows, manifest)
+    manifest["state"] = write_tree(folder / manifest["state"][0], saved)
+    last_file["sha256"] = write_tree(folder / last_file["name"], rows).sha256
+    write_manifest(newest, manifest)
+
+    def new_state() -> State:
+        return State(
+            replay=ReplayBuffer(
+                20, 2, lambda slots: TorchFrames(slots, "cpu"), NUM_ACTIONS, num_actions=NUM_ACTIONS
+            )
+        )
+
+    alone = shutil.copytree(run.folder, "alone")
+    (Path(alone) / "checkpoints" / before.name).unlink()
+    assert "no checkpoint of alone is complete; restore its files" in refusal(
+        state=new_state(), resume="alone"
+    )
+    with killed_run(state=new_state(), resume=str(run.folder)) as resumed:
+        assert resumed.state.step == 3
+        assert (resumed.state.replay.heads == 4).all()
+    warning = f"warning: checkpoint-000002 of {run.folder} cannot be used: "
+    assert warning in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_network_is_refused(unfinished):

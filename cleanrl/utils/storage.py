@@ -23,6 +23,10 @@ class DamagedError(Exception):
     """A file is missing, cut short, altered or not what it should be; the text says which and how."""
 
 
+class OtherVersionError(DamagedError):
+    """Another version of this software wrote it, or another script."""
+
+
 class FileEntry(NamedTuple):
     """A file of a manifest."""
 

@@ -105,9 +105,11 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
             env.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the main process is gone: so are we, silently
-    except Exception:
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split())
         with contextlib.suppress(OSError):
-            connection.send(traceback.format_exc())
+            connection.send(text)
 
 
 def _start_fork_server(context) -> None:
@@ -250,7 +252,7 @@ class ParallelEnvs:
         except (EOFError, ConnectionResetError):
             raise self._died(process) from None
         if isinstance(answer, str):
-            raise WorkerError(f"an environment worker failed:\n{answer}")
+            raise WorkerError(f"an environment failed: {answer}")
         return answer
 
     def _died(self, process) -> WorkerError:

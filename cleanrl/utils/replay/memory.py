@@ -21,11 +21,12 @@ CGROUP_FILES = [  # (limit, usage) of a container or a batch job: version 2, ver
 SLOTS_PER_STEP = 1.1  # the observation that ends an episode has a slot too
 
 
-def plan_replay(args: Any, frames_type: type, device: Any) -> ReplayBuffer:
+def plan_replay(args: Any, num_actions: int, frames_type: type, device: Any) -> ReplayBuffer:
     """DQN's replay buffer, without memory yet, after stating how much it will take.
 
     Args:
         args: the script's.
+        num_actions: of the game.
         frames_type: TorchFrames or JaxFrames.
         device: where the networks are trained.
 
@@ -33,7 +34,7 @@ def plan_replay(args: Any, frames_type: type, device: Any) -> ReplayBuffer:
         SystemExit: with a one-line error, if it does not fit.
     """
     sizes = [(min(args.buffer_size, math.ceil(SLOTS_PER_STEP * args.total_timesteps)), args.num_envs)]
-    return _plan(args, sizes, frames_type, device, gamma=args.gamma)[0]
+    return _plan(args, sizes, frames_type, device, num_actions=num_actions)[0]
 
 
 def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) -> list[ReplayBuffer]:
@@ -52,9 +53,8 @@ def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) ->
         (min(args.buffer_size, frames), num_envs),
         (min(args.buffer_size, math.ceil(SLOTS_PER_STEP * args.total_timesteps)), args.num_envs),
     ]
-    return _plan(
-        args, sizes, frames_type, device, num_q_values=num_actions, n_step=args.n_step, gamma=args.gamma
-    )
+    settings = {"num_q_values": num_actions, "n_step": args.n_step, "num_actions": num_actions}
+    return _plan(args, sizes, frames_type, device, **settings)
 
 
 def _plan(
@@ -65,7 +65,9 @@ def _plan(
         return frames_type(max(buffer.num_envs * buffer.num_slots for buffer in buffers), frames_device)
 
     print(f"training on {device}")
-    buffers = [ReplayBuffer(*size, lambda num_slots: the_frames(), **settings) for size in sizes]
+    buffers = [
+        ReplayBuffer(*size, lambda num_slots: the_frames(), gamma=args.gamma, **settings) for size in sizes
+    ]
     largest = max(buffers, key=lambda buffer: buffer.num_bytes)
     place = place_replay_buffer(
         args.buffer_device,

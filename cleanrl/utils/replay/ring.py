@@ -80,6 +80,7 @@ class ReplayBuffer:
         num_q_values: Q-values kept with each observation.
         n_step: n, rewards summed before the bootstrap.
         gamma: γ, the discount factor.
+        num_actions: rows from files must have lower actions.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class ReplayBuffer:
         num_q_values: int = 0,
         n_step: int = 1,
         gamma: float = 0.99,
+        num_actions: int = 256,
     ):
         self.num_envs, self.num_q_values, self.n_step, self.gamma = num_envs, num_q_values, n_step, gamma
+        self.num_actions = num_actions
         # At least 2, of which one is a transition. Spare: 3 for the oldest stack, n before the current one.
         self.num_slots = max(2, math.ceil(capacity / num_envs)) + 3 + n_step
         self.capacity, self._make_frames = capacity, make_frames

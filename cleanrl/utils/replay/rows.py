@@ -1,12 +1,20 @@
 """A replay buffer's rows, one a slot, in files: what checkpoints and saved replays are made of."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
+from cleanrl.utils.storage import DamagedError, FileEntry, read_tree
 
 ROWS_PER_FILE = 16_384  # 116 MB of frames before compression
+MOST_POSITIONS = 2**40  # no run is so long
+MOST_ROWS = 10**8  # 700 GB of frames
+ROW_SHAPES = {"envs": (np.int64, ()), "positions": (np.int64, ()), "frames": (np.uint8, (84, 84))} | {
+    name: (dtype, ()) for name, dtype in COLUMNS.items()
+}
 
 
 def held_positions(replay: ReplayBuffer) -> tuple[np.ndarray, np.ndarray]:
@@ -32,18 +40,89 @@ def rows_between(
         yield {"envs": envs, "positions": positions, **rows}
 
 
-def fitting_rows(
-    parts: Iterable[dict[str, np.ndarray]], oldest: np.ndarray, heads: np.ndarray, num_slots: int
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Of rows that hold the positions `oldest` to `heads`, those that a buffer of `num_slots` keeps.
+def check_range(oldest: Any, heads: Any, num_envs: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The oldest and the newest position of every ring, int64 (num_envs,), from numbers in a file.
 
-    With them the slots, integers (rows,), where they belong in it. A transition whose stack of frames would
-    start before the oldest row no longer counts as one.
+    Raises:
+        DamagedError: they are not that, or not of so many rings.
     """
-    for rows in parts:
+    try:
+        oldest, heads = (np.array(numbers, dtype=np.int64) for numbers in (oldest, heads))
+    except (TypeError, ValueError, OverflowError):
+        raise DamagedError("its positions are no positions") from None
+    is_range = oldest.ndim == 1 and oldest.shape == heads.shape and len(heads) > 0
+    if not is_range or (oldest < 0).any() or (oldest > heads).any() or (heads > MOST_POSITIONS).any():
+        raise DamagedError("its positions are no positions")
+    if (heads - oldest + 1).sum() > MOST_ROWS:
+        raise DamagedError("it is larger than any replay buffer")
+    if num_envs is not None and len(heads) != num_envs:
+        raise DamagedError(f"it is of {len(heads)} environments, not of {num_envs}")
+    return oldest, heads
+
+
+def fitting_rows(
+    folder: Path,
+    files: Iterable[FileEntry],
+    oldest: np.ndarray,
+    heads: np.ndarray,
+    replay: ReplayBuffer,
+    has_q_values: bool,
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Of files with the positions `oldest` to `heads`, the rows that a replay buffer keeps, a part at a time.
+
+    With them the slots, integers (rows,), where they belong in it. A row that comes again replaces the one
+    before. A transition whose stack of frames would start before the oldest row no longer counts as one.
+
+    Args:
+        folder: where the files are.
+        files: nothing is known of what is in them.
+        oldest, heads: as `check_range` gave them.
+        replay: it has as many rings.
+        has_q_values: whether there are Q-values in the files.
+
+    Raises:
+        DamagedError: a file is missing, damaged or does not hold such rows, or some rows are missing.
+    """
+    num_slots, starts = replay.num_slots, np.cumsum([0, *(heads - oldest + 1)])
+    is_there = np.zeros(starts[-1], bool)
+    for entry in files:
+        rows = read_tree(folder, entry)
+        if not _are_rows(rows, heads, replay, has_q_values):
+            raise DamagedError(f"{entry.name} does not hold rows of a replay buffer of this game")
         envs, positions = rows["envs"], rows["positions"]
-        kept = positions > heads[envs] - num_slots
+        held = positions >= oldest[envs]
+        is_there[(starts[envs] + positions - oldest[envs])[held]] = True
+        kept = held & (positions > heads[envs] - num_slots)
         is_whole = positions - rows["stack_depths"] >= oldest[envs]
         rows = {**rows, "is_transition": rows["is_transition"] & is_whole}
         slots = envs * num_slots + positions % num_slots
         yield slots[kept], {name: values[kept] for name, values in rows.items()}
+    if not is_there.all():
+        raise DamagedError(
+            f"its files hold {is_there.sum()} frames, not {len(is_there)} as its manifest says"
+        )
+
+
+def _are_rows(rows: Any, heads: np.ndarray, replay: ReplayBuffer, has_q_values: bool) -> bool:
+    shapes = dict(ROW_SHAPES)
+    if has_q_values:
+        shapes["teacher_q_values"] = np.float32, (replay.num_q_values,)
+    if not isinstance(rows, dict) or rows.keys() != shapes.keys():
+        return False
+    for name, (dtype, shape) in shapes.items():
+        values = rows[name]
+        if not isinstance(values, np.ndarray) or values.dtype != dtype:
+            return False
+        if values.shape != (len(rows["envs"]), *shape) or (
+            dtype == np.float32 and not np.isfinite(values).all()
+        ):
+            return False
+    envs, positions = rows["envs"], rows["positions"]
+    if not ((envs >= 0) & (envs < len(heads))).all():
+        return False
+    if not ((positions >= 0) & (positions <= heads[envs])).all():
+        return False
+    is_each_once = len(np.unique(envs * (MOST_POSITIONS + 1) + positions)) == len(envs)
+    return bool(
+        is_each_once and (rows["actions"] < replay.num_actions).all() and (rows["stack_depths"] <= 3).all()
+    )

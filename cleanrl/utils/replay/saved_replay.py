@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from cleanrl.utils.progress import ProgressBar
-from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
-from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
+from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.replay.rows import check_range, fitting_rows, held_positions, rows_between
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
     read_manifest,
-    read_tree,
     write_manifest,
     write_tree,
 )
@@ -27,9 +26,6 @@ MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rows-\d+\.zst")
 FORMAT, VERSION = "qdagger replay", 1
 STACKS_AT_A_TIME = 1024  # for the teacher's Q-values
-ROW_SHAPES = {"envs": (np.int64, ()), "positions": (np.int64, ()), "frames": (np.uint8, (84, 84))} | {
-    name: (dtype, ()) for name, dtype in COLUMNS.items()
-}
 
 
 @dataclass
@@ -55,50 +51,18 @@ class SavedReplay:
     def num_rows(self) -> int:
         return int((self.heads - self.oldest + 1).sum())
 
-    def rows(self, num_slots: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The rows that a buffer of `num_slots` per ring keeps, a part at a time, with their slots.
+    def rows(self, replay: ReplayBuffer) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The rows that a replay buffer keeps, a part at a time, with their slots.
 
         Raises:
             SystemExit: with a one-line error, if a file is missing or damaged.
         """
-        return fitting_rows(self._parts(), self.oldest, self.heads, num_slots)
-
-    def _parts(self) -> Iterator[dict[str, np.ndarray]]:
-        num_rows = 0
-        for entry in self.files:
-            rows = self._read(entry)
-            num_rows += len(rows["envs"])
-            yield rows
-        if num_rows != self.num_rows:
-            raise SystemExit(
-                f"error: {self.folder}: its files hold {num_rows} frames, not {self.num_rows} as its manifest"
-                " says; save or copy the replay again"
-            )
-
-    def _read(self, entry: FileEntry) -> dict[str, np.ndarray]:
         try:
-            rows = read_tree(self.folder, entry)
-            self._check(entry, rows)
+            yield from fitting_rows(
+                self.folder, self.files, self.oldest, self.heads, replay, has_q_values=False
+            )
         except DamagedError as fault:
             raise SystemExit(f"error: {self.folder}: {fault}; save or copy the replay again") from None
-        return rows
-
-    def _check(self, entry: FileEntry, rows: Any) -> None:
-        foreign = DamagedError(f"{entry.name} does not hold rows of a replay buffer of this game")
-        if not isinstance(rows, dict) or rows.keys() != ROW_SHAPES.keys():
-            raise foreign
-        for name, (dtype, shape) in ROW_SHAPES.items():
-            if not isinstance(rows[name], np.ndarray) or rows[name].dtype != dtype:
-                raise foreign
-            if rows[name].shape != (len(rows["envs"]), *shape):
-                raise foreign
-        envs, positions = rows["envs"], rows["positions"]
-        if not ((envs >= 0) & (envs < self.num_envs)).all():
-            raise foreign
-        if not ((positions >= self.oldest[envs]) & (positions <= self.heads[envs])).all():
-            raise foreign
-        if not (rows["actions"] < self.num_actions).all() or not (rows["stack_depths"] <= 3).all():
-            raise foreign
 
 
 def check_new_folder(folder: Path) -> None:
@@ -171,12 +135,10 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
                 f"it is a replay of {content['env_id']} with {content['num_actions']} actions, not of"
                 f" {env_id} with {num_actions}"
             )
-        oldest, heads = (np.array(content[name], dtype=np.int64) for name in ("oldest", "heads"))
+        oldest, heads = check_range(content["oldest"], content["heads"])
         files = [FileEntry(*entry) for entry in content["files"]]
         saved = SavedReplay(folder, num_actions, oldest, heads, files)
-        if oldest.ndim != 1 or heads.shape != oldest.shape or not len(heads) or (oldest < 0).any():
-            raise ValueError
-        if not (oldest <= heads).all() or not all(FILE_NAME.fullmatch(entry.name) for entry in files):
+        if not all(FILE_NAME.fullmatch(entry.name) for entry in files):
             raise ValueError
     except DamagedError as fault:
         raise SystemExit(f"error: {source}: {fault}; use a replay saved for this game") from None
@@ -208,7 +170,7 @@ def load_replay(
     saved = open_replay(args, replay.num_q_values)
     replay.allocate()
     with ProgressBar("teacher's replay", 0, saved.num_rows, "frames") as progress:
-        for slots, rows in saved.rows(replay.num_slots):
+        for slots, rows in saved.rows(replay):
             replay.write(slots, rows)
             # The frames of these stacks are in place: a file comes after those before it in time.
             for first in range(0, len(slots), STACKS_AT_A_TIME):

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.bounds import shown
+from cleanrl.utils.bounds import has_kind, shown
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.replay.rows import fitting_rows, held_positions, rows_between
+from cleanrl.utils.replay.rows import check_range, fitting_rows, held_positions, rows_between
 from cleanrl.utils.run.folders import checkpoint_files, event_files, is_folder, manifests
+from cleanrl.utils.run.state import restore
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
+    OtherVersionError,
     check_file,
     read_manifest,
     read_tree,
@@ -34,10 +36,6 @@ from cleanrl.utils.storage import (
 VERSION = 2
 NUM_KEPT = 2
 OTHER_VERSION_REMEDY = "finish the run with the version that started it, or start again without --resume"
-
-
-class OtherVersionError(DamagedError):
-    """A checkpoint that another version of this code wrote."""
 
 
 @dataclass
@@ -102,24 +100,53 @@ class Checkpoint:
     def read_state(self) -> Any:
         return read_tree(self.folder, self.state)
 
-    def rows(self, name: str, num_slots: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """A replay buffer's rows with their slots in one of `num_slots` per ring, oldest first."""
-        saved = self.replays[name]
-        parts = (read_tree(self.folder, FileEntry(file.name, file.sha256)) for file in saved.files)
-        return fitting_rows(parts, np.array(saved.oldest), np.array(saved.heads), num_slots)
+    def restore(self, state: Any) -> tuple[Any, dict[str, float]]:
+        """Brings a run's new state to where it was; returns its games' states and its mean returns.
+
+        Raises:
+            OtherVersionError: it is of another kind of state.
+            DamagedError: its content makes no sense; the state is then half restored.
+        """
+        try:
+            saved = self.read_state()
+            games, mean_returns = saved["games"], saved.get("mean_returns", {})
+            if games is not None:
+                seed, states = games
+                if not all(isinstance(part, list) for part in (seed, states)):
+                    raise TypeError
+            if not has_kind(list(mean_returns.values()), list[float]):
+                raise TypeError
+            content = saved["state"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DamagedError("its state is not what it should be") from None
+        restore(state, content)
+        for name in self.replays:
+            if not isinstance(getattr(state, name, None), ReplayBuffer):
+                raise DamagedError(f"it has a replay buffer {name}")
+            self.restore_replay(name, getattr(state, name))
+        return games, mean_returns
 
     def restore_replay(self, name: str, replay: ReplayBuffer) -> None:
+        """Raises DamagedError if the checkpoint's rows cannot be that buffer's."""
+        saved = self.replays[name]
+        oldest, heads = check_range(saved.oldest, saved.heads, replay.num_envs)
+        files = [FileEntry(file.name, file.sha256) for file in saved.files]
         replay.allocate()
-        for slots, rows in self.rows(name, replay.num_slots):
+        for slots, rows in fitting_rows(self.folder, files, oldest, heads, replay, replay.num_q_values > 0):
             replay.write(slots, rows)
-        replay.heads = np.array(self.replays[name].heads)
+        replay.heads = heads
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint:
-    """The newest complete checkpoint; warns of newer ones that are damaged.
+    """The first of `complete_checkpoints`."""
+    return next(complete_checkpoints(run_folder))
+
+
+def complete_checkpoints(run_folder: Path) -> Iterator[Checkpoint]:
+    """The complete checkpoints, the newest first; warns of those that are damaged.
 
     Raises:
-        SystemExit: with a one-line error, if there is none.
+        SystemExit: with a one-line error, if there is none, or no further one.
     """
     if not is_folder(run_folder):
         raise SystemExit(f"error: --resume {shown(run_folder)} is not a folder; name a run's, runs/…")
@@ -130,14 +157,19 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
         try:
             checkpoint = Checkpoint(path)
             checkpoint.check()
-            return checkpoint
+            yield checkpoint
         except OtherVersionError as fault:
             raise SystemExit(f"error: --resume {run_folder}: {fault}; {OTHER_VERSION_REMEDY}") from None
         except DamagedError as fault:
-            print(f"warning: {path.stem} of {run_folder} cannot be used: {fault}", file=sys.stderr)
+            warn_of(path, fault)
     raise SystemExit(
         f"error: no checkpoint of {run_folder} is complete; restore its files, or start without --resume"
     )
+
+
+def warn_of(manifest_path: Path, fault: DamagedError) -> None:
+    run_folder = manifest_path.parents[1]
+    print(f"warning: {manifest_path.stem} of {run_folder} cannot be used: {fault}", file=sys.stderr)
 
 
 def saved_options(run_folder: Path) -> dict[str, Any]:

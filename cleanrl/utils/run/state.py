@@ -11,12 +11,14 @@
 
 import dataclasses
 import sys
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
+from cleanrl.utils.bounds import has_kind
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.storage import DamagedError, pack
+from cleanrl.utils.storage import DamagedError, OtherVersionError, pack
 
 
 def check_fields(state: Any) -> None:
@@ -44,16 +46,52 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     """Brings a new state, made with the same options, to where `capture` saw one.
 
     Raises:
-        DamagedError: `saved` is of another kind of state.
+        OtherVersionError: `saved` is of another kind of state.
+        DamagedError: it has a value that no run has: of another type, negative, or not finite.
     """
     other = "is of another version of the script, whose state differs in"
+    if not isinstance(saved, dict):
+        raise DamagedError("its state is not what it should be")
     if differing := saved.keys() ^ vars(state).keys():
-        raise DamagedError(f"{other} {', '.join(sorted(differing))}")
+        raise OtherVersionError(f"{other} {', '.join(sorted(differing))}")
+    kinds = {field.name: field.type for field in dataclasses.fields(state)}
     for name, content in saved.items():
+        value = getattr(state, name)
         try:
-            setattr(state, name, _restore(getattr(state, name), content))
+            is_sound = is_finite(content) and _can_be(content, kinds[name])
+            if is_sound:
+                setattr(state, name, _restore(value, content))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise DamagedError(f"{other} {name}") from None
+            raise OtherVersionError(f"{other} {name}") from None
+        if not is_sound:
+            raise DamagedError(f"its {name} cannot be that of a run")
+
+
+def is_finite(content: Any) -> bool:
+    """Whether all numbers in nested lists and dicts are."""
+    if isinstance(content, dict):
+        return all(map(is_finite, content.values()))
+    if isinstance(content, list | tuple):
+        return all(map(is_finite, content))
+    if isinstance(content, float | np.ndarray | np.generic):
+        return not np.issubdtype(np.asarray(content).dtype, np.inexact) or bool(np.isfinite(content).all())
+    return True
+
+
+def _can_be(content: Any, kind: Any) -> bool:
+    """Whether a field of that type can have a value; numbers that count or measure time are not negative."""
+    if not _is_of_numbers(kind):
+        return True
+    return has_kind(content, kind) and not (kind in (int, float) and content < 0)
+
+
+def _is_of_numbers(kind: Any) -> bool:
+    """Whether a type is one of numbers and strings, or of lists of them."""
+    if get_origin(kind) is Literal:
+        return True
+    if get_origin(kind) in (list, UnionType):
+        return all(map(_is_of_numbers, get_args(kind)))
+    return kind in (int, float, bool, str, NoneType)
 
 
 def _capture(value: Any) -> Any:

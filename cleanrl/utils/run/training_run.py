@@ -32,17 +32,19 @@ from cleanrl.utils.run.checkpoint import (
     OTHER_VERSION_REMEDY,
     Checkpoint,
     CheckpointWriter,
+    complete_checkpoints,
     cut_events,
     newest_checkpoint,
+    warn_of,
 )
 from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import check_unchanged
-from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of, restore
+from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of
 from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import Tracker
 from cleanrl.utils.signals import Stopped, StopSignals
-from cleanrl.utils.storage import DamagedError
+from cleanrl.utils.storage import DamagedError, OtherVersionError
 from cleanrl.utils.weights.files import save_weights
 
 EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start from
@@ -110,25 +112,22 @@ class TrainingRun:
         print(f"run: {self.folder}" + (", resumed" if resumed else ""))
 
     def _resume(self) -> Checkpoint:
-        resumed = newest_checkpoint(self.folder)
-        if resumed.script != self.script.stem:
-            raise SystemExit(
-                f"error: --resume {self.folder} is a run of {resumed.script}.py, not of {self.script.name}"
-            )
-        check_unchanged(self.folder, resumed.options, self.options)
-        saved = resumed.read_state()
-        try:
-            restore(self.state, saved["state"])
-        except DamagedError as fault:
-            raise SystemExit(
-                f"error: --resume {self.folder}: {resumed.name} {fault}; {OTHER_VERSION_REMEDY}"
-            ) from None
-        for name in resumed.replays:
-            resumed.restore_replay(name, getattr(self.state, name))
-        self._saved_games = saved["games"]
-        self._mean_returns = saved.get("mean_returns", {})
-        cut_events(self.folder, resumed)
-        return resumed
+        """Restores the newest checkpoint whose content makes sense."""
+        for checkpoint in complete_checkpoints(self.folder):
+            if checkpoint.script != self.script.stem:
+                fault = f"is a run of {checkpoint.script}.py, not of {self.script.name}"
+                raise SystemExit(f"error: --resume {self.folder} {fault}")
+            check_unchanged(self.folder, checkpoint.options, self.options)
+            try:
+                self._saved_games, self._mean_returns = checkpoint.restore(self.state)
+                break
+            except OtherVersionError as fault:
+                text = f"{checkpoint.name} {fault}; {OTHER_VERSION_REMEDY}"
+                raise SystemExit(f"error: --resume {self.folder}: {text}") from None
+            except DamagedError as fault:
+                warn_of(checkpoint.folder / checkpoint.name, fault)
+        cut_events(self.folder, checkpoint)
+        return checkpoint
 
     # ------------------------------------------------------------------------------------ how it ends
 
