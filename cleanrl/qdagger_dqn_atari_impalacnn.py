@@ -111,7 +111,10 @@ TEACHERS = shlex.quote(str(Path(__file__).parent / "teachers"))
 PRESETS = {  # what --preset stands for; options beside it win
     "quick": (
         f"--env-id PongNoFrameskip-v4 --teacher-model-path {TEACHERS}/PongNoFrameskip-v4.safetensors"
-        " --teacher-steps 15000 --start-e 0.3 --offline-steps 2000 --offline-eval-frequency 1000"
+        " --teacher-steps 15000 --teacher-eval-episodes 5 --offline-steps 2000 --offline-eval-frequency 1000"
+        " --total-timesteps 40000 --learning-starts 3000 --train-frequency 28 --start-e 0.3"
+        " --exploration-steps 20000 --learning-rate 5e-4 --final-learning-rate 1e-4 --average-decay 0.995"
+        " --temperature 0.1 --return-normalization random"
     ),
     "paper": (  # Agarwal et al. (2022)
         "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"

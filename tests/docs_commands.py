@@ -37,7 +37,7 @@ from hub_server import HubServer
 
 from cleanrl import enjoy
 from cleanrl.utils.benchmark import __main__ as many_runs
-from cleanrl.utils.command_line import check_arguments, parse
+from cleanrl.utils.command_line import check_arguments, parse, parse_arguments
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub import publish
 from cleanrl.utils.tune import __main__ as tune
@@ -327,7 +327,7 @@ def check_poetry(words: list[str]) -> None:
 def tiny_training(words: Sequence[str]) -> list[str]:
     """The options to put after those of a training script."""
     options = [*TINY, *TINY_TEACHER] if "qdagger" in words[1] else list(TINY)
-    if "--teacher-model-path" in words:
+    if "--teacher-model-path" in words or "quick" in words:  # which preset has an embedded teacher
         options += ["--teacher-model-path", TEACHER]
     return options
 
@@ -338,7 +338,9 @@ def tiny_options(words: Sequence[str]) -> list[str]:
 
 
 def read_args(words: Sequence[str], options: list[str]) -> Any:
-    return read_options(SCRIPTS[Path(words[1]).name].Args, options)
+    script = SCRIPTS[Path(words[1]).name]
+    with READING, mock.patch.object(sys, "argv", ["script.py", *options]):
+        return parse_arguments(script.Args, getattr(script, "PRESETS", None))
 
 
 def check_script(words: list[str]) -> None:
@@ -346,7 +348,7 @@ def check_script(words: list[str]) -> None:
     check_arguments(args)
     count_actions(args.env_id)  # it is a game
     teacher = getattr(args, "teacher_model_path", None)
-    if teacher and teacher.parts[0] == "cleanrl":
+    if teacher and "cleanrl" in teacher.parts:
         assert (ROOT / teacher).is_file()
 
 
