@@ -707,7 +707,7 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
-    with TrainingRun(args, Path(__file__), state, make_env, model="player") as run:
+    with TrainingRun(args, Path(__file__), state, make_env, model="player", teacher=teacher) as run:
         if state.teacher_return is None:
             run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)

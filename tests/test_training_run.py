@@ -434,6 +434,23 @@ def test_a_checkpoint_whose_content_no_run_has_gives_way_to_the_one_before(fault
     assert warning in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_with_the_same_teacher_wherever_it_is_from():
+    def started(teacher: Any, **options: Any) -> TrainingRun:
+        return TrainingRun(Args(**options), Path("script.py"), State(), make_env, "network", teacher=teacher)
+
+    teacher, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    with suppress(Killed), started(teacher) as run:
+        run.checkpoint()
+        raise Killed
+    with pytest.raises(
+        SystemExit, match=r"^error: --resume [^\n]*: its teacher was another one, with other weights"
+    ):
+        started(other, resume=str(run.folder))
+    other.load_state_dict(teacher.state_dict())
+    with started(other, resume=str(run.folder)):
+        pass
+
+
 def test_a_checkpoint_of_another_network_is_refused(unfinished):
     wider = State(network=nn.Linear(3, 1))
     assert "whose state differs in network; finish the run" in refusal(state=wider, resume=str(unfinished))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER_PAGES = ("report", "benchmark")  # packages whose errors their own pages explain
+OTHER_PAGES = ("report", "benchmark", "tune")  # packages whose errors their own pages explain
 ENOUGH = 20  # letters by which a line can be told from others
 
 

@@ -100,10 +100,13 @@ class Checkpoint:
     def read_state(self) -> Any:
         return read_tree(self.folder, self.state)
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, float]]:
+    def restore(self, state: Any, teacher: str | None) -> tuple[Any, dict[str, float]]:
         """Brings a run's new state to where it was; returns its games' states and its mean returns.
 
+        `teacher` is the fingerprint of the teacher that it is resumed with.
+
         Raises:
+            SystemExit: with a one-line error, if it had another teacher.
             OtherVersionError: it is of another kind of state.
             DamagedError: its content makes no sense; the state is then half restored.
         """
@@ -119,6 +122,11 @@ class Checkpoint:
             content = saved["state"]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedError("its state is not what it should be") from None
+        if saved.get("teacher", teacher) != teacher:
+            raise SystemExit(
+                f"error: --resume {self.folder.parent}: its teacher was another one, with other weights; name"
+                " that one with --teacher-model-path or --teacher-revision"
+            )
         restore(state, content)
         for name in self.replays:
             if not isinstance(getattr(state, name, None), ReplayBuffer):

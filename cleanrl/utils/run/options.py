@@ -9,6 +9,10 @@ from cleanrl.utils.bounds import Name, NonNegativeFloat, Seed
 
 MAY_CHANGE = {
     "resume",
+    "teacher_policy_hf_repo",  # the teacher itself must be the same
+    "teacher_hf_file",
+    "teacher_revision",
+    "teacher_model_path",
     "checkpoint_interval",
     "total_timesteps",
     "save_model",

@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import hashlib
 import sys
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -92,6 +93,11 @@ def _is_of_numbers(kind: Any) -> bool:
     if get_origin(kind) in (list, UnionType):
         return all(map(_is_of_numbers, get_args(kind)))
     return kind in (int, float, bool, str, NoneType)
+
+
+def fingerprint(network: Any) -> str:
+    """SHA-256 of a network's parameters, however and wherever they were stored."""
+    return hashlib.sha256(pack(_capture(network))).hexdigest()
 
 
 def _capture(value: Any) -> Any:

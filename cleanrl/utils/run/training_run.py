@@ -40,7 +40,7 @@ from cleanrl.utils.run.checkpoint import (
 from cleanrl.utils.run.events import EventWriter
 from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
 from cleanrl.utils.run.options import check_unchanged
-from cleanrl.utils.run.state import capture, check_fields, read_numbers, replays_of
+from cleanrl.utils.run.state import capture, check_fields, fingerprint, read_numbers, replays_of
 from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import Tracker
 from cleanrl.utils.signals import Stopped, StopSignals
@@ -65,6 +65,7 @@ class TrainingRun:
         make_env: makes a game from its id, the probability of sticky actions and the options of `evaluate`.
         model: the name of the state's field with the network that a stopped run keeps.
         charts: as `charts.CHARTS`.
+        teacher: a network that must be the same when the run is resumed, wherever it is from.
 
     Raises:
         SystemExit: with a one-line error, if the run cannot be resumed with these arguments, or its folder
@@ -80,6 +81,7 @@ class TrainingRun:
         make_env: Callable[..., gym.Env],
         model: str,
         charts: Mapping[str, Mapping[str, Sequence[str]]] = CHARTS,
+        teacher: Any = None,
     ):
         check_fields(state)
         self.args, self.script, self.state, self.model = args, script, state, model
@@ -87,6 +89,7 @@ class TrainingRun:
         self.folder = Path(args.resume) if args.resume else new_folder(args)
         if args.resume and not (is_folder(self.folder) and manifests(self.folder)):
             newest_checkpoint(self.folder)  # says why there is none
+        self._teacher = None if teacher is None else fingerprint(teacher)
         self._lock = lock_run(self.folder)
         self._saved_games: tuple[list[int], list[dict]] | None = None  # of the last phase: seed, states
         self._mean_returns: dict[str, float] = {}  # of the newest evaluations by name, and "best"
@@ -97,11 +100,8 @@ class TrainingRun:
         self._envs: ParallelEnvs | None = None  # while they are open
         self._bar: ProgressBar | None = None  # the last one
         self._unread: list[tuple[int, dict[str, Any]]] = []  # of `plot`: a step and its values
-        self._tracker = None
-        if args.track:
-            self._tracker = Tracker(
-                self.folder.name, args.wandb_project_name, args.wandb_entity, self.options
-            )
+        where = self.folder.name, args.wandb_project_name, args.wandb_entity
+        self._tracker = Tracker(*where, self.options) if args.track else None
         self.writer = EventWriter(self.folder, self._tracker)
         if not resumed:
             self.writer.add_options(vars(args), RESULTS)
@@ -119,7 +119,7 @@ class TrainingRun:
                 raise SystemExit(f"error: --resume {self.folder} {fault}")
             check_unchanged(self.folder, checkpoint.options, self.options)
             try:
-                self._saved_games, self._mean_returns = checkpoint.restore(self.state)
+                self._saved_games, self._mean_returns = checkpoint.restore(self.state, self._teacher)
                 break
             except OtherVersionError as fault:
                 text = f"{checkpoint.name} {fault}; {OTHER_VERSION_REMEDY}"
@@ -187,7 +187,8 @@ class TrainingRun:
                 games = self._saved_games
                 if self._envs:
                     games = self._games_seed, self._envs.get_states()
-                state = {"state": capture(self.state), "games": games, "mean_returns": self._mean_returns}
+                state = {"state": capture(self.state), "teacher": self._teacher}
+                state |= {"games": games, "mean_returns": self._mean_returns}
                 self._checkpoints.save(self.script.stem, self.options, state, replays_of(self.state))
             self._next_checkpoint = time.monotonic() + self.args.checkpoint_interval
         if stop is not None:
