@@ -35,7 +35,7 @@ def test_the_documented_command_sets_every_row_of_the_papers_settings(monkeypatc
     page = (
         (ROOT / "docs" / "qdagger.md").read_text("utf-8").replace("\\\n", "")
     )  # commands over several lines
-    (options,) = re.findall(r"python cleanrl/qdagger_dqn_atari_impalacnn\.py (.*--td-loss huber.*)", page)
+    (options,) = re.findall(r"python cleanrl/qdagger_dqn_atari_impalacnn\.py (.*--preset paper.*)", page)
     monkeypatch.setattr(sys, "argv", [TORCH.__file__, *shlex.split(options)])
-    args = vars(TORCH.read_arguments(TORCH.Args))
+    args = vars(TORCH.read_arguments(TORCH.Args, TORCH.PRESETS))
     assert {name: args[name] for name in PAPER} == PAPER
