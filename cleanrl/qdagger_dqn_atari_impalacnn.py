@@ -107,7 +107,7 @@ class Args(TeacherOptions):
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
 
 
-TEACHERS = shlex.quote(str(Path(__file__).parent / "teachers"))
+TEACHERS = shlex.quote(os.path.relpath(Path(__file__).parent / "teachers"))
 PRESETS = {  # what --preset stands for; options beside it win
     "quick": (
         f"--env-id PongNoFrameskip-v4 --teacher-model-path {TEACHERS}/PongNoFrameskip-v4.safetensors"

@@ -7,6 +7,7 @@ offline, (3) the student plays and learns online while the teacher's influence f
     python cleanrl/qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
 
+import os
 import shlex
 import sys
 import time
@@ -105,7 +106,7 @@ class Args(TeacherOptions):
     """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
 
 
-TEACHERS = shlex.quote(str(Path(__file__).parent / "teachers"))
+TEACHERS = shlex.quote(os.path.relpath(Path(__file__).parent / "teachers"))
 PRESETS = {  # what --preset stands for; options beside it win
     "quick": (
         f"--env-id PongNoFrameskip-v4 --teacher-model-path {TEACHERS}/PongNoFrameskip-v4.safetensors"

@@ -98,7 +98,8 @@ def test_intervals():
 
 def test_every_human_has_a_random_player_who_is_worse():
     assert all(RANDOM_SCORES[game] < score for game, score in HUMAN_SCORES.items())
-    assert set(RANDOM_SCORES) - set(HUMAN_SCORES) == {"VideoPinball"}
+    unplayed = {"AirRaid", "Carnival", "JourneyEscape", "VideoPinball"}
+    assert set(RANDOM_SCORES) - set(HUMAN_SCORES) == unplayed
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -193,12 +194,12 @@ def test_one_run_of_each_has_no_interval(tmp_path):
 
 
 def test_games_without_known_scores_are_named(tmp_path):
-    for game in ("VideoPinball", "AirRaid"):
+    for game in ("VideoPinball", "Pooyan"):
         write_run(tmp_path, game=game)
     means, _, notes = figures(tmp_path)
-    assert means == [["dqn", "AirRaid (1 run), VideoPinball (1 run)", "–", "–"]]
-    assert "the human score is unknown: AirRaid, VideoPinball." in notes
-    assert "the random player's score is unknown: AirRaid." in notes
+    assert means == [["dqn", "Pooyan (1 run), VideoPinball (1 run)", "–", "–"]]
+    assert "the human score is unknown: Pooyan, VideoPinball." in notes
+    assert "the random player's score is unknown: Pooyan." in notes
 
 
 # ------------------------------------------------------------------------------------------------ curves

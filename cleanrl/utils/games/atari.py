@@ -11,8 +11,10 @@ from cleanrl.utils.bounds import shown
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
-# Mean return of a player who acts at random (Mnih et al., 2015; Agarwal et al., 2022).
+# Mean return of a player who acts at random (Mnih et al., 2015; Agarwal et al., 2022). Those of AirRaid, Carnival
+# and JourneyEscape were measured: docs/results/random.
 RANDOM_SCORES = {
+    "AirRaid": 470.0,
     "Alien": 227.8,
     "Amidar": 5.8,
     "Assault": 222.4,
@@ -26,6 +28,7 @@ RANDOM_SCORES = {
     "Bowling": 23.1,
     "Boxing": 0.1,
     "Breakout": 1.7,
+    "Carnival": 804.0,
     "Centipede": 2090.9,
     "ChopperCommand": 811.0,
     "CrazyClimber": 10780.5,
@@ -41,6 +44,7 @@ RANDOM_SCORES = {
     "Hero": 1027.0,
     "IceHockey": -11.2,
     "Jamesbond": 29.0,
+    "JourneyEscape": -23156.7,
     "Kangaroo": 52.0,
     "Krull": 1598.0,
     "KungFuMaster": 258.5,
