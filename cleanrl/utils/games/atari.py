@@ -11,8 +11,8 @@ from cleanrl.utils.bounds import shown
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
-# Mean return of a player who acts at random (Mnih et al., 2015; Agarwal et al., 2022). Those of AirRaid, Carnival
-# and JourneyEscape were measured: docs/results/random.
+# Mean return of a player who acts at random (Mnih et al., 2015; Agarwal et al., 2022). AirRaid, Carnival and
+# JourneyEscape are measured: docs/results/random.
 RANDOM_SCORES = {
     "AirRaid": 470.0,
     "Alien": 227.8,
