@@ -28,14 +28,6 @@ from cleanrl.utils.shell import prepare_command
 class Args(RunOptions):
     exp_name: Name = Path(__file__).stem
 
-    # environment
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """the game, as {Game}NoFrameskip-v4"""
-    repeat_action_probability: Fraction = 0.0
-    """sticky actions: probability that the game repeats the previous action"""
-    num_envs: PositiveInt = 8
-    """environments that step in parallel; all step counts below are totals over all of them"""
-
     # learning
     total_timesteps: PositiveInt = 10_000_000
     """environment steps (4 frames each)"""

@@ -32,14 +32,6 @@ from cleanrl.utils.shell import prepare_command
 class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
-    # environment
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """the game, as {Game}NoFrameskip-v4"""
-    repeat_action_probability: Fraction = 0.0
-    """sticky actions: probability that the game repeats the previous action (the paper: 0.25)"""
-    num_envs: PositiveInt = 8
-    """environments that step in parallel; all step counts below are totals over all of them"""
-
     # student
     dense_width: PositiveInt = 256
     """units in the student's dense layer (the paper: 512)"""
@@ -83,10 +75,6 @@ class Args(TeacherOptions):
     # teacher
     teacher_model_exp_name: str = "dqn_atari"
     """the experiment that trained the teacher: part of its names on the Hub"""
-    teacher_eval_episodes: PositiveInt = 10
-    """games over which the teacher's return is measured"""
-    teacher_steps: PositiveInt = 500_000
-    """environment steps the teacher plays into its buffer, while epsilon falls from start_e to end_e"""
 
     # distillation
     offline_steps: NonNegativeInt = 500_000
@@ -482,9 +470,8 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
 
 
 def move(network: nn.Module, towards: nn.Module, weight: float) -> None:
-    """Interpolates the network's parameters; a weight of 1 makes a copy."""
-    interpolate = get_ema_multi_avg_fn(1 - weight)  # of all in a few kernels
-    interpolate([*network.parameters()], [*towards.parameters()], None)
+    """Interpolates the network's parameters, all in a few kernels; a weight of 1 makes a copy."""
+    get_ema_multi_avg_fn(1 - weight)([*network.parameters()], [*towards.parameters()], None)
 
 
 @OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
@@ -611,11 +598,8 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             if state.offline_step % args.target_network_frequency == 0:
                 update_target_network(state, args.tau)
             if state.offline_step % LOSS_INTERVAL == 0 or state.offline_step == args.offline_steps:
-                values = {
-                    "charts/offline/loss": losses["loss"],
-                    "charts/offline/q_loss": losses["td_loss"],
-                    "charts/offline/distill_loss": losses["distill_loss"],
-                }
+                names = {"loss": "loss", "q_loss": "td_loss", "distill_loss": "distill_loss"}
+                values = {f"charts/offline/{tag}": losses[name] for tag, name in names.items()}
                 run.plot(values, state.offline_step)
 
 

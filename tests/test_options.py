@@ -135,7 +135,7 @@ def test_help_groups_the_options_as_the_source_does(script, help_text):
     qdagger = is_qdagger(script)
     learning = ["student", "distillation"] if qdagger else ["learning"]
     groups = panels(help_text)
-    in_order = ("run", *(["teacher"] if qdagger else []), "environment", *learning)
+    in_order = ("run", "environment", *(["teacher"] if qdagger else []), *learning)
     headings = [f"{group} options" for group in in_order]
     assert list(groups) == ["description", "options", *headings]
     for name, group in [

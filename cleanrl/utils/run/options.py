@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cleanrl.utils.bounds import Name, NonNegativeFloat, Seed
+from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, PositiveInt, Seed
 
 MAY_CHANGE = {
     "resume",
@@ -79,6 +79,14 @@ class RunOptions:
     resume: str | None = None
     """resume the run in this folder with its options; auto: the newest unfinished one"""
 
+    # environment
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game, as {Game}NoFrameskip-v4"""
+    repeat_action_probability: Fraction = 0.0
+    """sticky actions: probability that the game repeats the previous action (the paper: 0.25)"""
+    num_envs: PositiveInt = 8
+    """environments that step in parallel; all step counts below are totals over all of them"""
+
 
 @dataclass
 class TeacherOptions(RunOptions):
@@ -101,3 +109,7 @@ class TeacherOptions(RunOptions):
     """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
     teacher_replay_path: Path | None = None
     """learn offline from this folder, saved with dqn_atari's --save-replay, instead of from new play"""
+    teacher_eval_episodes: PositiveInt = 10
+    """games over which the teacher's return is measured"""
+    teacher_steps: PositiveInt = 500_000
+    """environment steps the teacher plays into its buffer, while epsilon falls from start_e to end_e"""
