@@ -140,7 +140,7 @@ HUMAN_SCORES = {
 
 GAME_LISTS = {
     # Of the papers' tables, but for Surround, which has no such id.
-    "atari57": [f"{game}NoFrameskip-v4" for game in RANDOM_SCORES if game not in MEASURED and game != "Surround"],
+    "atari57": [f"{game}NoFrameskip-v4" for game in RANDOM_SCORES if game not in ("Surround", *MEASURED)],
     # Those from which the median over all can be predicted best (Aitchison et al., 2023, "Atari-5").
     "atari5": [
         f"{game}NoFrameskip-v4" for game in ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")
