@@ -21,7 +21,7 @@ if not __package__:  # started as a file: the helpers below lie beside it, insta
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
-from cleanrl.utils.run.options import TeacherOptions
+from cleanrl.utils.run.options import Size, TeacherOptions
 from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
@@ -32,7 +32,7 @@ class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
     # student
-    dense_width: PositiveInt = 256
+    dense_width: Size = 256
     """units in the student's dense layer (the paper: 512)"""
     total_timesteps: PositiveInt = 10_000_000
     """environment steps (4 frames each) of the online phase"""

@@ -14,6 +14,7 @@ import pytest
 
 from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
 from cleanrl.utils import bounds
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.command_line import check_arguments, check_bounds, describe_options, parse_arguments
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.run.checkpoint import CheckpointWriter
@@ -66,12 +67,14 @@ def saved_run() -> None:
 @pytest.mark.parametrize(
     ("kind", "good", "bad", "demand"),
     [
-        (bounds.NonNegativeInt, [0, 2**70], [-1], "at least 0"),
+        (bounds.NonNegativeInt, [0, 10**12], [-1], "at least 0"),
+        (bounds.NonNegativeInt, [], [10**12 + 1, 2**63, 10**400], "at most 1000000000000"),
         (bounds.PositiveInt, [1], [0, -1], "at least 1"),
         (bounds.Seed, [0, 2**32 - 1], [-1, 2**32], "between 0 and 4294967295"),
         (bounds.Fraction, [0.0, 1.0], [-0.1, 1.5, math.nan, math.inf], "between 0 and 1"),
-        (bounds.NonNegativeFloat, [0.0], [-0.1, math.nan, math.inf], "at least 0"),
-        (bounds.PositiveFloat, [1e-300], [0.0, -1.0, math.nan, math.inf], "above 0"),
+        (bounds.NonNegativeFloat, [0.0], [-0.1, math.nan], "at least 0"),
+        (bounds.NonNegativeFloat, [1e12], [2e12, math.inf], "at most 1000000000000"),
+        (bounds.PositiveFloat, [1e-300], [0.0, -1.0, math.nan], "above 0"),
         (bounds.PositiveInt | None, [None, 1], [0], "at least 1"),
     ],
     ids=str,
@@ -86,7 +89,7 @@ def test_a_value_out_of_its_bounds_is_refused_with_what_it_must_be(kind, good, b
     for value in bad:
         with pytest.raises(SystemExit) as end:
             check_bounds(Bounded(value))
-        assert end.value.code == f"error: --some-option {value} must be {demand}"
+        assert end.value.code == f"error: --some-option {shown(value)} must be {demand}"
 
 
 BAD_NAMES = [

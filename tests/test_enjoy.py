@@ -68,6 +68,14 @@ def test_a_student_of_any_width_is_played(tmp_path):
     assert player.make_env.func is torch_script.make_env
 
 
+def test_a_width_is_believed_only_of_a_layer_that_fits_the_network(tmp_path):
+    """Of this one, 4 MB in the file, the network would take 15 GB."""
+    weights = torch_student().state_dict() | {"network.5.weight": torch.zeros(10**6, 1)}
+    torch.save(weights, tmp_path / "student")
+    with pytest.raises(SystemExit, match=r"network.5.weight is \(1000000, 1\), not \(256, 3872\)"):
+        load_player(tmp_path / "student")
+
+
 @pytest.mark.parametrize("layout", ["torch", "flax"])
 @pytest.mark.parametrize("installed", ["torch", "jax"])
 def test_a_teacher_is_played_by_what_is_installed(tmp_path, monkeypatch, layout, installed):

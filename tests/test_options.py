@@ -96,7 +96,7 @@ def test_every_number_has_bounds(script):
         for value in values:
             option = f"--{field.name.replace('_', '-')} {value}"
             with pytest.raises(
-                SystemExit, match=f"^error: {option} must be (at least|above|between) [^\n]*$"
+                SystemExit, match=f"^error: {option} must be (at least|at most|above|between) [^\n]*$"
             ):
                 check_arguments(dataclasses.replace(script.Args(), **{field.name: value}))
             checked.add(field.name)

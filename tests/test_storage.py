@@ -185,6 +185,13 @@ FOREIGN = {
     "an array of another shape": lambda: compressed(
         save({"0": np.zeros(3)}, metadata={"tree": '{"array": 0, "shape": [4]}'})
     ),
+    "an array in two places": lambda: compressed(
+        save({"0": np.zeros(3)}, metadata={"tree": '[{"bytes": "0"}, {"bytes": "0"}]'})
+    ),
+    "more than a file may hold": lambda: compressed(bytes(storage.MOST_BYTES + 1)),
+    "a description longer than any": lambda: compressed(
+        (storage.MOST_JSON_BYTES + 1).to_bytes(8, "little") + b"[" * (storage.MOST_JSON_BYTES + 1)
+    ),
     "half an archive": lambda: compressed(pack(TREE)[:-20]),
 }
 
@@ -257,12 +264,34 @@ def test_a_manifest_notices_every_damage(tmp_path):
             read_manifest(path)
 
 
-@pytest.mark.parametrize("text", [b"[1, 2]", b"3", b"{", b"\xff", pickled()])
+@pytest.mark.parametrize("text", [b"[1, 2]", b"3", b"{", b"\xff", b"[" * 10**5, pickled()])
 def test_a_manifest_that_holds_something_else_is_refused(tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_bytes(storage.hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     with pytest.raises(DamagedError, match=r"^manifest.json is not what it should be"):
         read_manifest(path)
+
+
+def test_a_sparse_file_larger_than_the_memory_is_damaged(tmp_path):
+    for name in ("manifest.json", "tree.zst"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 2 * 10**11)
+    with pytest.raises(DamagedError, match=r"^manifest.json is too large"):
+        read_manifest(tmp_path / "manifest.json")
+    with pytest.raises(DamagedError, match=r"^tree.zst is too large"):
+        check_file(tmp_path, FileEntry("tree.zst", ""))
+
+
+def test_what_nobody_could_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MOST_BYTES", 1000)
+    monkeypatch.setattr(storage, "MOST_JSON_BYTES", 1000)
+    with pytest.raises(OSError, match="too large"):
+        write_tree(tmp_path / "tree.zst", np.zeros(1000, np.uint8))
+    longest = "a" * (1000 - 65 - len('{\n "a": ""\n}'))
+    write_manifest(tmp_path / "manifest.json", {"a": longest})
+    assert read_manifest(tmp_path / "manifest.json") == {"a": longest}
+    with pytest.raises(OSError, match="too large"):
+        write_manifest(tmp_path / "manifest.json", {"a": longest + "a"})
 
 
 def test_a_missing_manifest_is_named(tmp_path):

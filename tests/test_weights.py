@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from flax.serialization import msgpack_serialize, to_bytes
 from safetensors.torch import save_file
 
-from cleanrl.utils.weights.files import read_weights, save_weights
+from cleanrl.utils.weights.files import MOST_BYTES, MOST_NUMBERS, read_weights, save_weights
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +303,71 @@ def test_safetensors_that_lie(tmp_path, capfd):
     assert "'steps' is of type I64" in refusal(path, capfd)
     save_file({}, path)
     assert "holds no parameters" in refusal(path, capfd)
+
+
+def test_tensors_of_no_numbers_are_read_as_they_are(tmp_path):
+    for shape in ((0,), (4, 0)):
+        save_file({"weight": torch.zeros(shape)}, tmp_path / "file")
+        assert read_weights(tmp_path / "file")["weight"].shape == shape
+
+
+def zip_of(name: str, num_bytes: int) -> bytes:
+    """A small archive of one file of zeros."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(num_bytes))
+    return file.getvalue()
+
+
+def nested_zip() -> bytes:
+    """As Stable-Baselines3 saves a policy: an archive in an archive, of which only the inner one is large."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("policy.pth", zip_of("archive/data/0", MOST_BYTES + 1))
+    return file.getvalue()
+
+
+def views_of_few_numbers() -> bytes:
+    file = io.BytesIO()
+    torch.save({"unexpected": torch.zeros(1, dtype=torch.half).expand(MOST_NUMBERS + 1)}, file)
+    return file.getvalue()
+
+
+def sparse_safetensors(count: int) -> bytes:
+    header = {"weight": {"dtype": "F16", "shape": [count], "data_offsets": [0, 2 * count]}}
+    return len(json.dumps(header)).to_bytes(8, "little") + json.dumps(header).encode()
+
+
+@pytest.mark.parametrize(
+    ("make", "num_bytes"),  # of the file, which is sparse beyond its content
+    [
+        (views_of_few_numbers, 0),
+        (partial(zip_of, "policy.pth", MOST_BYTES + 1), 0),
+        (partial(zip_of, "archive/data/0", MOST_BYTES + 1), 0),
+        (nested_zip, 0),
+        (partial(sparse_safetensors, 10**11), 2 * 10**11),
+        (
+            partial(sparse_safetensors, MOST_NUMBERS + 1),
+            len(sparse_safetensors(MOST_NUMBERS + 1)) + 2**26 + 2,
+        ),
+        (lambda: b"\x81", 2 * 10**11),
+    ],
+    ids=[
+        "views",
+        "a policy",
+        "a tensor",
+        "a tensor in a policy",
+        "a sparse file",
+        "half precision",
+        "msgpack",
+    ],
+)
+def test_a_file_that_would_fill_the_memory_is_refused_before_it_does(make, num_bytes, tmp_path, capfd):
+    path = tmp_path / "file"
+    path.write_bytes(make())
+    if num_bytes:
+        os.truncate(path, num_bytes)
+    assert "holds more than any network here" in refusal(path, capfd)
 
 
 def array(shape: object, dtype: object, content: bytes) -> msgpack.ExtType:

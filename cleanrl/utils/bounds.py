@@ -1,26 +1,29 @@
 """Types of options, with the bounds of their values."""
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+MOST = 10**12  # no count, size or time of a run is larger
 
 
 class Bounds(NamedTuple):
     """What an option's value must be: beside it, in its type, so that `check_arguments` cannot miss it."""
 
     least: float
-    most: float = math.inf
+    most: float = MOST
     includes_least: bool = True
 
     def admit(self, value: float) -> bool:
         is_enough = value >= self.least if self.includes_least else value > self.least
-        return is_enough and value <= self.most and not math.isinf(value)
+        return is_enough and value <= self.most
 
-    def __str__(self) -> str:
-        """What follows "must be"."""
-        if self.most < math.inf:
+    def demand(self, value: float) -> str:
+        """What follows "must be", of a value that is not admitted."""
+        if self.most < MOST:
             return f"between {self.least} and {self.most}"
+        if value > self.most:
+            return f"at most {self.most}"
         return f"at least {self.least}" if self.includes_least else f"above {self.least}"
 
 
@@ -33,8 +36,8 @@ class NameRule(NamedTuple):
         is_short = len(name) <= self.most_characters
         return is_short and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name) is not None
 
-    def __str__(self) -> str:
-        """What follows "must be"."""
+    def demand(self, name: str) -> str:
+        """What follows "must be", of a name that is not admitted."""
         characters = "letters, digits, dots, hyphens and underscores, the first and last a letter or digit"
         return f"at most {self.most_characters} {characters}"
 

@@ -140,7 +140,7 @@ def check_bounds(args: Any) -> None:
         for part in (kind, *typing.get_args(kind)):  # the option's type, or one of an optional's
             for bounds in getattr(part, "__metadata__", ()):
                 if isinstance(bounds, Bounds | NameRule) and value is not None and not bounds.admit(value):
-                    refuse(name, value, f"must be {bounds}")
+                    refuse(name, value, f"must be {bounds.demand(value)}")
         if isinstance(value, str) and not value.isprintable():  # it would become part of lines and of a card
             refuse(name, value, "must be one line of printable characters")
 

@@ -3,6 +3,7 @@
 Nothing that is read is ever run: a file holds a safetensors archive of the arrays, and JSON for the rest.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 COMPRESSION_LEVEL = 3
-MOST_BYTES = 2**32  # of a file's content; no file that is written here comes near it
+MOST_BYTES, MOST_JSON_BYTES = 2**29, 2**24  # of a file's content, and of the JSON in it
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, zstandard.ZstdError)
 
 
@@ -72,6 +73,8 @@ def unpack(data: bytes) -> Any:
         ValueError, KeyError, TypeError, RecursionError, SafetensorError: it is not what `pack` gives.
     """
     header_length = int.from_bytes(data[:8], "little")
+    if header_length > MOST_JSON_BYTES:
+        raise ValueError("a longer description than that of anything packed here")
     header = json.loads(data[8 : 8 + header_length])
     return _restore(json.loads(header["__metadata__"]["tree"]), load(data))
 
@@ -86,14 +89,20 @@ def _restore(description: Any, arrays: dict[str, np.ndarray]) -> Any:
     if "tuple" in description:
         return tuple(_restore(item, arrays) for item in description["tuple"])
     if "bytes" in description:
-        return arrays[description["bytes"]].tobytes()
-    return arrays[description["array"]].reshape(description["shape"])
+        return arrays.pop(description["bytes"]).tobytes()  # each array has one place in the tree
+    return arrays.pop(description["array"]).reshape(description["shape"])
 
 
 def write_tree(path: Path, tree: Any) -> FileEntry:
-    """Writes a compressed tree; when this returns, it is on the disk."""
+    """Writes a compressed tree; when this returns, it is on the disk.
+
+    Raises:
+        OSError: it cannot be written, or is larger than `read_tree` takes.
+    """
     compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, threads=-1)
-    data = compressor.compress(pack(tree))
+    data = pack(tree)
+    _check_size(data, MOST_BYTES)
+    data = compressor.compress(data)
     write_durably(path, data)
     return FileEntry(path.name, hashlib.sha256(data).hexdigest())
 
@@ -104,13 +113,27 @@ def check_file(folder: Path, entry: FileEntry) -> bytes:
     Raises:
         DamagedError: it is missing or altered.
     """
-    try:
-        data = (folder / entry.name).read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{entry.name} cannot be read ({os.strerror(error.errno)})") from None
+    data = _read_bytes(folder / entry.name, MOST_BYTES)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DamagedError(f"{entry.name} is damaged: its checksum is not the manifest's")
     return data
+
+
+def _check_size(data: bytes, most_bytes: int) -> None:
+    """Raises OSError if a file would be too large to be read again."""
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def _read_bytes(path: Path, most_bytes: int) -> bytes:
+    """Raises DamagedError if it cannot be read, or is larger than any such file that is written here."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise DamagedError(f"{path.name} is too large to be what it should be")
+            return file.read()
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read ({os.strerror(error.errno)})") from None
 
 
 def read_tree(folder: Path, entry: FileEntry) -> Any:
@@ -156,17 +179,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DamagedError: it is missing, altered or nothing of the kind.
     """
     try:
-        checksum, _, text = path.read_bytes().partition(b"\n")
+        checksum, _, text = _read_bytes(path, MOST_JSON_BYTES).partition(b"\n")
         if hashlib.sha256(text).hexdigest() != checksum.decode():
             raise DamagedError(f"{path.name} is damaged: its checksum is wrong")
         return dict(json.loads(text))
-    except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read ({os.strerror(error.errno)})") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DamagedError(f"{path.name} is not what it should be") from None
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON below its own checksum."""
+    """Writes JSON below its own checksum.
+
+    Raises:
+        OSError: it cannot be written, or is larger than `read_manifest` takes.
+    """
     text = json.dumps(content, indent=1).encode()
+    _check_size(text, MOST_JSON_BYTES - 65)  # the checksum's line
     write_durably(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)

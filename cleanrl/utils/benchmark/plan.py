@@ -87,8 +87,8 @@ def split_command(command: str) -> tuple[tuple[str, ...], str]:
         exp_name = Path(words[script]).stem if words[script].endswith(".py") else words[script].split(".")[-1]
     if not exp_name:
         raise SystemExit(f"error: --command {command}: name the experiment with --exp-name NAME")
-    if not NameRule().admit(exp_name):
-        raise SystemExit(f"error: --command {shown(command)}: --exp-name must be {NameRule()}")
+    if not (rule := NameRule()).admit(exp_name):
+        raise SystemExit(f"error: --command {shown(command)}: --exp-name must be {rule.demand(exp_name)}")
     return words, exp_name
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from cleanrl.utils.bounds import MOST
 from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
 from cleanrl.utils.storage import DamagedError, FileEntry, read_tree
 
 ROWS_PER_FILE = 16_384  # 116 MB of frames before compression
-MOST_POSITIONS = 2**40  # no run is so long
 MOST_ROWS = 10**8  # 700 GB of frames
 ROW_SHAPES = {"envs": (np.int64, ()), "positions": (np.int64, ()), "frames": (np.uint8, (84, 84))} | {
     name: (dtype, ()) for name, dtype in COLUMNS.items()
@@ -51,7 +51,7 @@ def check_range(oldest: Any, heads: Any, num_envs: int | None = None) -> tuple[n
     except (TypeError, ValueError, OverflowError):
         raise DamagedError("its positions are no positions") from None
     is_range = oldest.ndim == 1 and oldest.shape == heads.shape and len(heads) > 0
-    if not is_range or (oldest < 0).any() or (oldest > heads).any() or (heads > MOST_POSITIONS).any():
+    if not is_range or (oldest < 0).any() or (oldest > heads).any() or (heads > MOST).any():
         raise DamagedError("its positions are no positions")
     if (heads - oldest + 1).sum() > MOST_ROWS:
         raise DamagedError("it is larger than any replay buffer")
@@ -122,7 +122,7 @@ def _are_rows(rows: Any, heads: np.ndarray, replay: ReplayBuffer, has_q_values: 
         return False
     if not ((positions >= 0) & (positions <= heads[envs])).all():
         return False
-    is_each_once = len(np.unique(envs * (MOST_POSITIONS + 1) + positions)) == len(envs)
+    is_each_once = len(np.unique(envs * (MOST + 1) + positions)) == len(envs)
     return bool(
         is_each_once and (rows["actions"] < replay.num_actions).all() and (rows["stack_depths"] <= 3).all()
     )

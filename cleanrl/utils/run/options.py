@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, PositiveInt, Seed
+from cleanrl.utils.bounds import Bounds, Fraction, Name, NonNegativeFloat, PositiveInt, Seed
+
+Size = Annotated[int, Bounds(1, 4096)]  # of what takes memory as soon as a run begins
 
 MAY_CHANGE = {
     "resume",
@@ -84,7 +86,7 @@ class RunOptions:
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: Fraction = 0.0
     """sticky actions: probability that the game repeats the previous action (the paper: 0.25)"""
-    num_envs: PositiveInt = 8
+    num_envs: Size = 8
     """environments that step in parallel; all step counts below are totals over all of them"""
 
 

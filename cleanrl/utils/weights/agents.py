@@ -93,10 +93,13 @@ class Agent:
 
     @property
     def dense_width(self) -> int:
-        """Units in the dense layer of an Impala-CNN."""
-        layer, axis = ("params/Dense_0/kernel", 1) if self.is_flax else ("network.5.weight", 0)
-        weight = self.weights.get(layer)
-        return weight.shape[axis] if weight is not None and weight.ndim == 2 else 256
+        """Units in the dense layer of an Impala-CNN; of a layer that cannot be one, those of the default."""
+        match self.weights.get("params/Dense_0/kernel" if self.is_flax else "network.5.weight"):
+            case np.ndarray(shape=(3872, width)) if self.is_flax:
+                return width
+            case np.ndarray(shape=(width, 3872)):
+                return width
+        return 256
 
     def fit(
         self, like: Mapping[str, Any], convert: Callable[[np.ndarray], Any] = np.asarray

@@ -1,12 +1,14 @@
 """Files of weights: reads every format, decided by content, and saves a network's weights safely."""
 
 import io
+import math
 import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from cleanrl.utils.storage import write_durably
 from cleanrl.utils.weights.layouts import QUOTE, flatten
 
 SAVE_AGAIN = "download or save it again"
+MOST_BYTES, MOST_NUMBERS = 2**27, 2**25  # in a file; twice those of the largest network here
 MOST_ATOMS, MOST_RETURN = 1000, 1e9  # of C51's arguments that are believed
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
 
@@ -44,6 +47,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         ) from None
     if size == 0:
         raise SystemExit(f"error: {path} is empty; {SAVE_AGAIN}.")
+    if size > MOST_BYTES:
+        raise _too_large(path)
 
     if head[8:] == b"{":  # a JSON header after 8 bytes of length, which may look like any other format
         weights = _read_safetensors(path)
@@ -61,6 +66,16 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     return weights
 
 
+def _too_large(path: Path) -> SystemExit:
+    return SystemExit(f"error: {path} holds more than any network here; name a file of weights alone.")
+
+
+def _check_count(path: Path, counts: Iterable[int]) -> None:
+    """Raises SystemExit if there are more numbers than a network has: they may share little memory so far."""
+    if sum(counts) > MOST_NUMBERS:
+        raise _too_large(path)
+
+
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
@@ -71,9 +86,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            policy = _stable_baselines3_policy(path)
-            with policy or path.open("rb") as file:  # of a path torch believes the suffix
-                state_dict = torch.load(file, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch believes the suffix
+                content = _stable_baselines3_policy(path, file) or file
+                state_dict = torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message has many lines and advises to trust the file
         raise SystemExit(
             f"error: {path} is refused: it holds Python objects beside tensors, which could run code, or is"
@@ -95,6 +110,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 f"error: {path} is not a state dict ({QUOTE.repr(name)} is a {kind});"
                 " save network.state_dict() alone."
             )
+    _check_count(path, (tensor.numel() for tensor in state_dict.values()))
     try:
         return atoms | {
             name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
@@ -106,13 +122,25 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _stable_baselines3_policy(path: Path) -> io.BytesIO | None:
-    """The state dict in a zip file of Stable-Baselines3; None if `path` is something else."""
-    if not zipfile.is_zipfile(path):
+def _stable_baselines3_policy(path: Path, file: BinaryIO) -> io.BytesIO | None:
+    """The state dict in a zip file of Stable-Baselines3; None if the file is something else.
+
+    Raises:
+        SystemExit: with a one-line error, if what torch would read is too large once it is unpacked.
+    """
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
         return None
-    with zipfile.ZipFile(path) as archive:
-        policies = [name for name in archive.namelist() if PurePosixPath(name).name == "policy.pth"]
-        return io.BytesIO(archive.read(policies[0])) if len(policies) == 1 else None
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        policies = [record for record in records if PurePosixPath(record.filename).name == "policy.pth"]
+        if sum(record.file_size for record in policies or records) > MOST_BYTES:
+            raise _too_large(path)
+        policy = io.BytesIO(archive.read(policies[0])) if len(policies) == 1 else None
+    file.seek(0)
+    if policy:  # it is a zip file, too
+        _stable_baselines3_policy(path, policy)
+    return policy
 
 
 def _open_envelope(content: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -154,6 +182,7 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
             raise SystemExit(
                 f"error: {path}: {QUOTE.repr(name)} is of type {dtype}; save floating-point weights."
             )
+    _check_count(path, (array.size for array in weights.values()))
     return atoms | {name: _to_float32(array) for name, array in weights.items()}
 
 
@@ -166,6 +195,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise SystemExit(
             f"error: {path} is truncated, damaged or not a safetensors file; {SAVE_AGAIN}."
         ) from None
+    _check_count(path, (math.prod(tensor["shape"]) for _, tensor in tensors))
     weights = {}
     for name, tensor in tensors:
         # safetensors' own NumPy reader does not know bfloat16, the upper half of a float32
