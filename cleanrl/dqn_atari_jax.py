@@ -81,10 +81,10 @@ from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_jax import choose_device
 from cleanrl.utils.replay.frames_jax import JaxFrames, padded
-from cleanrl.utils.replay.memory import plan_replay
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import check_new_folder, save_replay
 from cleanrl.utils.run.charts import DQN_CHARTS
+from cleanrl.utils.run.memory import plan_replay
 from cleanrl.utils.run.training_run import TrainingRun
 
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve

@@ -133,9 +133,9 @@ from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_jax import choose_device
 from cleanrl.utils.hub.download import download, find_file
 from cleanrl.utils.replay.frames_jax import JaxFrames, padded
-from cleanrl.utils.replay.memory import plan_replays
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import load_replay
+from cleanrl.utils.run.memory import plan_replays
 from cleanrl.utils.run.training_run import TrainingRun
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.layouts import flatten, unflatten

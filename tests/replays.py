@@ -13,8 +13,8 @@ from cleanrl.utils.games.parallel_envs import StepResult
 from cleanrl.utils.replay import saved_replay
 from cleanrl.utils.replay.frames_jax import JaxFrames
 from cleanrl.utils.replay.frames_torch import TorchFrames
-from cleanrl.utils.replay.memory import plan_replays
 from cleanrl.utils.replay.ring import ReplayBuffer
+from cleanrl.utils.run.memory import plan_replays
 
 NUM_ACTIONS = 6
 GAMMA = 0.9

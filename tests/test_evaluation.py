@@ -132,6 +132,14 @@ def test_above_a_temperature_of_0_actions_are_samples_of_the_policy():
     assert acting_values(None, q_values, 0.0) is q_values
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_values_that_are_not_finite_are_no_play(value, temperature):
+    """A teacher's, whose weights are finite, would make the student's losses NaN."""
+    with pytest.raises(SystemExit, match="computes values that are not finite; use another teacher"):
+        acting_values(np.random.default_rng(0), np.array([[0.0, value]]), temperature)
+
+
 def test_a_sampling_player_plays_its_policy():
     """Each step is worth 1 with probability 3/4; without sampling it always is."""
 

@@ -7,8 +7,8 @@ from large_replay import MadeFrames
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn
 from cleanrl.utils.devices import memory_shortage
-from cleanrl.utils.replay import memory
-from cleanrl.utils.replay.memory import (
+from cleanrl.utils.run import memory
+from cleanrl.utils.run.memory import (
     GPU_BYTES,
     PROCESS_BYTES,
     WORKER_BYTES,

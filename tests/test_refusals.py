@@ -16,7 +16,7 @@ from rehearsal import tiny_args
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from cleanrl.utils.replay import memory
+from cleanrl.utils.run import memory
 
 PONG = [
     "--env-id", "PongNoFrameskip-v4", "--buffer-size", "10", "--batch-size", "4", "--learning-starts", "10",

@@ -4,6 +4,9 @@ What is refused: test_replay_refusals.py.
 """
 
 import pickle
+import shutil
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +14,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from both_scripts import PONG_TEACHER, device_of, pixels, read_curves
+from both_scripts import PONG_TEACHER, TORCH, device_of, name_of, pixels, read_curves
+from exact_kills import simplify
 from replays import (
     FRAMES,
     NUM_ACTIONS,
@@ -26,11 +30,14 @@ from replays import (
     make_replay,
     save,
 )
+from resume_runs import differences, outcome, tiny_options
 
 from cleanrl.dqn_atari import make_env
 from cleanrl.utils.games.parallel_envs import StepResult
 from cleanrl.utils.replay.frames_jax import JaxFrames
 from cleanrl.utils.replay.frames_torch import TorchFrames
+from cleanrl.utils.run.options import check_unchanged
+from cleanrl.utils.run.training_run import TrainingRun
 
 NUM_ENVS, CAPACITY_PER_ENV = 3, 20
 # With the 24 slots that such a buffer has, spare ones included: no ring is full, some are, all are.
@@ -199,3 +206,44 @@ def test_qdagger_trains_offline_on_the_replay_without_the_teacher_playing_and_wi
     for tag in ("charts/offline/loss", "charts/offline/q_loss", "charts/offline/distill_loss", "losses/loss"):
         assert curves[tag]
         assert np.isfinite(curves[tag]).all()
+
+
+@pytest.mark.parametrize("phase", ["teacher", "offline", "online"])
+def test_a_resumed_run_needs_the_replay_only_until_it_has_taken_it_in(pong, tmp_path, monkeypatch, phase):
+    """It may then be gone; before, it may be at another place. The run ends with the bits of another one."""
+    simplify(monkeypatch, TORCH)
+    checkpoint = TrainingRun.checkpoint
+
+    def stop_in_phase(run: TrainingRun) -> None:
+        if run.state.phase == phase:
+            signal.raise_signal(signal.SIGTERM)
+        checkpoint(run)
+
+    def start(folder: str, *options: str) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(sys, "argv", [TORCH.__file__, *tiny_options(name_of(TORCH)), *options])
+        TORCH.main(TORCH.read_arguments(TORCH.Args))
+
+    shutil.copytree(pong, tmp_path / "replay")
+    replay = "--teacher-replay-path", str(tmp_path / "replay")
+    start("calm", *replay)
+    monkeypatch.setattr(TrainingRun, "checkpoint", stop_in_phase)
+    with pytest.raises(SystemExit, match="143"):
+        start("stopped", *replay)
+    monkeypatch.setattr(TrainingRun, "checkpoint", checkpoint)
+    (tmp_path / "replay").rename(tmp_path / "elsewhere")
+    if phase == "teacher":
+        with pytest.raises(SystemExit, match="replay is not a folder"):
+            start("stopped", "--resume", "auto")
+        start("stopped", "--resume", "auto", "--teacher-replay-path", str(tmp_path / "elsewhere"))
+    else:
+        start("stopped", "--resume", "auto")
+    assert differences(outcome(tmp_path / "calm"), outcome(tmp_path / "stopped")) == []
+
+
+def test_a_run_cannot_be_resumed_with_a_replay_instead_of_the_teachers_play():
+    for before, now in [(None, "replay"), ("replay", None)]:
+        with pytest.raises(SystemExit, match=f"--teacher-replay-path is {now}, but runs/a has {before}"):
+            check_unchanged(Path("runs/a"), {"teacher_replay_path": before}, {"teacher_replay_path": now})
+    check_unchanged(Path("runs/a"), {"teacher_replay_path": "replay"}, {"teacher_replay_path": "moved"})

@@ -120,7 +120,15 @@ def test_a_resumed_run_stays_one(monkeypatch):
 def test_without_wandb_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit) as end:
-        check_tracking()
+        check_tracking("qdagger")
     assert end.value.code.startswith("error: --track needs Weights & Biases, which is not installed; ")
     assert "pip install -r requirements/requirements-track.txt" in end.value.code
     assert (ROOT / "requirements" / "requirements-track.txt").is_file()
+
+
+@pytest.mark.parametrize("project", ["a:b", "a/b", "a#", "x" * 129])
+def test_a_project_that_wandb_refuses_is_refused_before_the_run(project):
+    with pytest.raises(
+        SystemExit, match=r"--wandb-project-name .* must be at most 128 characters, none of them / . #"
+    ):
+        check_tracking(project)

@@ -17,7 +17,15 @@ def acting_values(rng: np.random.Generator, q_values: np.ndarray, sampling_tempe
     """Values (n, actions) by whose argmax a player of these Q-values acts: at temperature 0 they themselves.
 
     Above 0 their argmax is a sample of softmax(Q / temperature): the Gumbel-max trick.
+
+    Raises:
+        SystemExit: with a one-line error, if they are not finite, as those of finite weights may be.
     """
+    if not np.isfinite(q_values).all():
+        raise SystemExit(
+            "error: the network that plays computes values that are not finite; use another teacher or, if it"
+            " is the student, a lower --learning-rate"
+        )
     if not sampling_temperature:
         return q_values
     return q_values / sampling_temperature + rng.gumbel(size=q_values.shape)

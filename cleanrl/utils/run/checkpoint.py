@@ -192,6 +192,17 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
     return newest_checkpoint(run_folder).options
 
 
+def replay_sizes(run_folder: Path) -> dict[str, tuple[int, int]]:
+    """Frames and environments of every replay buffer in a run's checkpoints, by the names of its fields."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for path in manifests(run_folder) if is_folder(run_folder) else ():
+        with suppress(DamagedError):
+            for name, saved in Checkpoint(path).replays.items():
+                oldest, heads = check_range(saved.oldest, saved.heads)
+                sizes.setdefault(name, (len(heads) * int((heads - oldest + 1).max()), len(heads)))
+    return sizes
+
+
 class CheckpointWriter:
     """Writes the checkpoints of the run in a folder, which nobody else may do meanwhile.
 

@@ -11,6 +11,7 @@ Size = Annotated[int, Bounds(1, 4096)]  # of what takes memory as soon as a run 
 
 MAY_CHANGE = {
     "resume",
+    "teacher_replay_path",  # to another place, not to none
     "teacher_policy_hf_repo",  # the teacher itself must be the same
     "teacher_hf_file",
     "teacher_revision",
@@ -38,7 +39,10 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
         SystemExit: with a one-line error that names one that must not change.
     """
     for name, value in now.items():
-        if name not in MAY_CHANGE and value != before.get(name):
+        may_change = name in MAY_CHANGE
+        if name == "teacher_replay_path" and not (value and before.get(name)):
+            may_change = False
+        if not may_change and value != before.get(name):
             raise SystemExit(
                 f"error: --{name.replace('_', '-')} is {value}, but {folder} has {before.get(name)};"
                 " leave the option out, or start again without --resume"

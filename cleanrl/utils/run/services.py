@@ -16,6 +16,6 @@ def check_services(args: Any) -> None:
         SystemExit: with a one-line error, if they will not.
     """
     if args.track:
-        check_tracking()
+        check_tracking(args.wandb_project_name)
     if args.upload_model:
         args.hf_entity, _, _ = check_upload(repo_name(args), args.hf_entity).partition("/")

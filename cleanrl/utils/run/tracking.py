@@ -5,21 +5,31 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cleanrl.utils.bounds import shown
+
 INSTALL = "pip install -r requirements/requirements-track.txt"
 INIT_TIMEOUT_S = 60.0
 
 
-def check_tracking() -> None:
+def check_tracking(project: str) -> None:
     """Ensures that a run can be tracked, without asking anything: a job has nobody who could answer.
 
     Raises:
-        SystemExit: with a one-line error, if wandb is not installed, or is online and nobody is logged in.
+        SystemExit: with a one-line error, if wandb is not installed, refuses the project's name, or is online
+            and nobody is logged in.
     """
     try:
         import wandb
     except ImportError:
         raise SystemExit(
             f"error: --track needs Weights & Biases, which is not installed; {INSTALL}, or leave --track out"
+        ) from None
+    try:
+        wandb.Settings(project=project)
+    except wandb.UsageError:
+        raise SystemExit(
+            f"error: --wandb-project-name {shown(project)} must be at most 128 characters, none of them"
+            r" / \ # ? % or :"
         ) from None
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
         raise SystemExit(

@@ -11,6 +11,7 @@ from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.replay.ring import Frames, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import open_replay
+from cleanrl.utils.run.checkpoint import replay_sizes
 
 # What a run takes beside its replay buffer, measured and rounded up.
 PROCESS_BYTES, WORKER_BYTES, GPU_BYTES = 1_500_000_000, 150_000_000, 2_000_000_000
@@ -40,15 +41,21 @@ def plan_replay(args: Any, num_actions: int, frames_type: type, device: Any) -> 
 def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) -> list[ReplayBuffer]:
     """QDagger's two replay buffers, the teacher's and the student's: as `plan_replay`, for the larger one.
 
-    Only one of them may take memory at a time. The teacher's is as large as the saved replay, if any.
+    Only one of them may take memory at a time. The teacher's is as large as the saved replay, if any; that
+    is not looked for any more once a run that is resumed has taken it in. Then its buffer is as large as the
+    one in the checkpoint or, if the online phase has begun, where it has no use any more, as the student's.
 
     Raises:
         SystemExit: with a one-line error, if it does not fit, or the saved replay cannot be used.
     """
     frames, num_envs = math.ceil(SLOTS_PER_STEP * args.teacher_steps), args.num_envs
     if args.teacher_replay_path:
-        saved = open_replay(args, num_actions)
-        frames, num_envs = saved.capacity, saved.num_envs
+        taken_in = replay_sizes(Path(args.resume)) if args.resume else {}
+        if size := taken_in.get("teacher_replay") or taken_in.get("student_replay"):
+            frames, num_envs = size
+        else:
+            saved = open_replay(args, num_actions)
+            frames, num_envs = saved.capacity, saved.num_envs
     sizes = [
         (min(args.buffer_size, frames), num_envs),
         (min(args.buffer_size, math.ceil(SLOTS_PER_STEP * args.total_timesteps)), args.num_envs),
