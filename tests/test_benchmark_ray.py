@@ -3,8 +3,10 @@
 import re
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,22 @@ def test_an_unusable_cluster_is_a_one_line_error(cluster, address, fault):
     with pytest.raises(ClusterError, match=re.escape(fault)) as error:
         connect(address, 1, 0.0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "fault"), [(b"", "timed out"), (b"SSH-2.0-OpenSSH_9.2\r\n", "it is no cluster's")]
+)
+def test_an_address_that_accepts_and_says_nothing_of_a_cluster_is_refused(
+    cluster, monkeypatch, greeting, fault
+):
+    """`cluster` shows that a real one is accepted."""
+    from cleanrl.utils.benchmark import ray_cluster
+
+    monkeypatch.setattr(ray_cluster, "CONNECT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as waiting:
+        accepted = waiting.submit(server.accept)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        check = waiting.submit(lambda: accepted.result()[0].sendall(greeting))
+        with pytest.raises(ray_cluster.ClusterError, match=f"{address} does not answer .{fault}"):
+            ray_cluster.check_that_it_answers(address)
+        check.result()

@@ -27,6 +27,9 @@ LOCAL = "local"
 START_ONE = "; start a cluster with `ray start --head` first, or use --ray-address local"
 CONNECT_S = 10.0
 REPORT_S = 1.0
+# What a client of HTTP/2 says first, with an empty frame of settings, as its server answers (RFC 9113, 3.4).
+SETTINGS, FRAME_HEADER_BYTES = b"\x04", 9
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 SEND_S = 60.0  # for what is still to be sent when stopping
 # What is not copied to the machines from the folder in which the benchmark starts, besides what git ignores.
 NOT_CODE = ["/runs/", "/videos/", "/wandb/", ".git/", ".venv/", "venv/", "__pycache__/"]
@@ -83,13 +86,23 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
 
 
 def check_that_it_answers(address: str) -> None:
-    """Ray itself retries for many minutes and ignores Ctrl-C meanwhile."""
+    """Ray itself retries for many minutes and ignores Ctrl-C meanwhile.
+
+    Raises:
+        ClusterError: nothing is there, or it is not what Ray speaks with, a server of HTTP/2.
+    """
     host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise ClusterError(f"--ray-address {address} does not answer ({error}){START_ONE}") from None
+    if not (host and port.isdigit()):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":  # then it speaks only after a certificate
+                return
+            connection.sendall(HTTP2_PREFACE)
+            if connection.recv(FRAME_HEADER_BYTES)[3:4] != SETTINGS:
+                raise OSError("it is no cluster's")
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"--ray-address {address} does not answer ({error}){START_ONE}") from None
 
 
 @ray.remote
