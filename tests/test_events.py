@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import time
 import urllib.parse
 import urllib.request
@@ -170,6 +171,34 @@ def test_a_full_disk_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys, re
     writer.add_scalar("a", 6, 6)
     writer.close()
     assert points(tmp_path, "a") == [(step, step) for step in range(7)]
+
+
+def test_a_disk_that_becomes_read_only_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys):
+    """In the middle of a record, which then cannot even be cut off; later, the disk is mounted anew."""
+    writer = EventWriter(tmp_path)
+    writer.add_scalar("a", 0, 0)
+    writer.flush()
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def write_half(self, data):
+        self._writer.write(b"half a record")
+        self._writer.flush()
+        fail()
+
+    writer.add_scalar("a", 1, 1)
+    size = writer.path.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write_half)
+        patch.setattr(os, "truncate", fail)
+        assert not writer.flush()
+        patch.setattr(Path, "open", fail)
+        assert not writer.flush()
+    assert capsys.readouterr().err.count("Read-only file system") == 2
+    assert writer.path.stat().st_size > size
+    writer.close()
+    assert points(tmp_path, "a") == [(0, 0), (1, 1)]
 
 
 def test_the_mirror_sees_every_point(tmp_path):

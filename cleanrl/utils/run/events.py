@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ class EventWriter:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path, self.mirror = folder / name, mirror
         self._pending: list[bytes] = []
+        self._size = 0  # of what is on the disk
         self._next_flush_time = 0.0
         self._add(file_version="brain.Event:2")
 
@@ -116,21 +118,23 @@ class EventWriter:
     def flush(self) -> bool:
         """Writes all that is not written yet; or nothing, if the disk is full: warns and returns False."""
         self._next_flush_time = time.monotonic() + FLUSH_INTERVAL_S
-        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
+                if os.fstat(file.fileno()).st_size > self._size:  # half a record
+                    file.truncate(self._size)
                 records = RecordWriter(file)
                 for event in self._pending:
                     records.write(event)
                 file.flush()
                 os.fsync(file.fileno())
+                self._size = file.tell()
         except OSError as error:
             print(
                 f"\nwarning: {self.path} cannot be written to ({error.strerror}): will try again",
                 file=sys.stderr,
             )
-            if self.path.exists():
-                os.truncate(self.path, size)
+            with suppress(OSError):  # the disk may have become read-only
+                os.truncate(self.path, self._size)
             return False
         self._pending.clear()
         return True
