@@ -1,4 +1,4 @@
-"""An mkdocs hook that makes links to files outside docs/ work on the site as they do in the repository.
+"""An mkdocs hook: links to files outside docs/ work as in the repository, and commands wrap between words.
 
 Every file that a page links to, such as `../cleanrl/teachers/README.md`, gets a page on the site; source code
 is shown as a listing. A link to a folder becomes plain text, because the site has no folders. A dead link is
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = PurePosixPath("docs")
 OUTSIDE = PurePosixPath("files")  # the site's folder for files outside docs/
 LINK = re.compile(r"(?<!!)\[(?P<text>[^]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
+COMMANDS = re.compile(r'<div class="language-bash highlight">.*?</pre>', re.DOTALL)
+HYPHENATED = re.compile(r"[^\s<>]*-[^\s<>]*(?=[^<>]*<)")  # outside tags
 LISTING = """\
 ---
 search: {{exclude: true}}
@@ -71,3 +73,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{link['text']}]({site_path}{link['anchor'] or ''})"
 
     return LINK.sub(on_the_site, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Marks words with hyphens in commands: a browser would break lines behind `--`."""
+
+    def mark_words(commands: re.Match) -> str:
+        return HYPHENATED.sub(r'<span class="word">\g<0></span>', commands[0])
+
+    return COMMANDS.sub(mark_words, html)
