@@ -59,7 +59,6 @@ NONSENSE = [
 ]
 NONSENSE_OF_QDAGGER = [
     ("--teacher-steps 20 --n-step 3", ["--teacher-steps 20", "--n-step", "24"]),
-    ("--env-id PooyanNoFrameskip-v4 --return-normalization random", ["random", "PooyanNoFrameskip-v4"]),
     ("--teacher-model-path no.such.file", ["no.such.file", "does not exist"]),
     ("--teacher-replay-path no_such_folder", ["no_such_folder", "is not a folder"]),
     ("--env-id BreakoutNoFrameskip-v4", [str(PONG_TEACHER), "6 actions", "4"]),

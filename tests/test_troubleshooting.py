@@ -29,11 +29,13 @@ def trees() -> list[ast.Module]:
 
 
 def messages() -> Iterator[str]:
-    """What `SystemExit` is raised with, and `refuse` called with."""
+    """What `SystemExit` and `BadWeightsError` are raised with, and `refuse` called with."""
     for node in itertools.chain.from_iterable(map(ast.walk, trees())):
         match node:
             case ast.Call(func=ast.Name(id="SystemExit"), args=[message]):
                 yield text_of(message)
+            case ast.Call(func=ast.Name(id="BadWeightsError"), args=[message]):
+                yield f"error: … {text_of(message)}"
             case ast.Call(func=ast.Name(id="refuse"), args=[option, _, demand]):
                 yield f"error: --{text_of(option).replace('_', '-')} … {text_of(demand)}"
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ import torch
 from flax.serialization import msgpack_serialize, to_bytes
 from safetensors.torch import save_file
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.weights.files import MOST_BYTES, MOST_NUMBERS, read_weights, save_weights
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
@@ -66,7 +68,7 @@ def refusal(path: Path, capfd) -> str:
     message = exit_info.value.code
     assert isinstance(message, str)
     assert len(message.splitlines()) == 1
-    assert message.startswith(f"error: {path}")
+    assert message.startswith(f"error: {shown(path)}")
     assert len(message) < len(str(path)) + 200
     assert exit_info.value.__suppress_context__ or exit_info.value.__context__ is None
     assert capfd.readouterr() == ("", "")
@@ -180,6 +182,16 @@ def test_missing_empty_and_unreadable_files(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(Path, "open", denied)
     assert "cannot be read (Permission denied); check" in refusal(path, capfd)
+
+
+def test_a_path_is_part_of_the_line_without_control_characters_and_shortened(tmp_path, capfd):
+    folder = tmp_path / "\x1b[2J\n" / ("long" * 50)
+    folder.mkdir(parents=True)
+    (folder / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        read_weights(folder / "file")
+    assert end.value.code.isprintable()
+    assert re.fullmatch(r"error: .*… \(\d+ characters\) is empty; .*", end.value.code)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 import tyro
 
 from cleanrl.utils.bounds import Bounds, NameRule, has_kind, shown
-from cleanrl.utils.games.atari import count_actions, random_return
+from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.run.checkpoint import saved_options
 from cleanrl.utils.run.folders import newest_unfinished_run, unfinished_runs
 
@@ -164,8 +164,6 @@ def check_arguments(args: Args) -> Args:
         refuse(
             "teacher_steps", args.teacher_steps, f"must be at least --n-step times --num-envs, {fewest_steps}"
         )
-    if getattr(args, "return_normalization", "none") == "random":
-        random_return(args.env_id, "random")  # refuses a game whose random player's return is unknown
     for option in ("total_timesteps", "teacher_steps"):
         steps = getattr(args, option, 0)
         if steps % args.num_envs:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import fit_weights, is_flax, is_student
 
@@ -123,8 +124,10 @@ def read_agent(path: Path, num_actions: int) -> Agent:
         atoms = weights.pop("atoms")
         is_finite = atoms.ndim == 1 and len(atoms) > 1 and np.isfinite(atoms).all()
         if not is_finite or (np.diff(atoms) <= 0).any():
-            raise SystemExit(f"error: {path} holds weights of C51 whose atoms are not increasing numbers.")
-    agent = Agent(str(path), kind, weights, atoms)
+            raise SystemExit(
+                f"error: {shown(path)} holds weights of C51 whose atoms are not increasing numbers."
+            )
+    agent = Agent(shown(path), kind, weights, atoms)
     outputs_per_action = QUANTILES if kind == "QR-DQN" else agent.outputs_per_action
     last_layer = "network.7." if is_student(weights) else "network.9."
     bias = weights.get("params/Dense_1/bias" if agent.is_flax else f"{last_layer}bias")
@@ -132,7 +135,7 @@ def read_agent(path: Path, num_actions: int) -> Agent:
         actions, rest = divmod(len(bias), outputs_per_action)
         has = f"{len(bias)} outputs, not {outputs_per_action} per action" if rest else f"{actions} actions"
         raise SystemExit(
-            f"error: {path} holds weights of {kind} with {has}; this game has {num_actions} actions:"
+            f"error: {agent.source} holds weights of {kind} with {has}; this game has {num_actions} actions:"
             " use an agent trained on it."
         )
     if kind == "QR-DQN":

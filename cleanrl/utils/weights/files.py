@@ -12,13 +12,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.storage import write_durably
 from cleanrl.utils.weights.layouts import QUOTE, flatten
 
 SAVE_AGAIN = "download or save it again"
+TOO_LARGE = "holds more than any network here; name a file of weights alone."
 MOST_BYTES, MOST_NUMBERS = 2**27, 2**25  # in a file; twice those of the largest network here
 MOST_ATOMS, MOST_RETURN = 1000, 1e9  # of C51's arguments that are believed
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
+
+
+class BadWeightsError(Exception):
+    """What is wrong with a file, as it follows its name, and what to do."""
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -32,23 +38,30 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         SystemExit: with a one-line error for anything else.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path))
+    except BadWeightsError as fault:
+        raise SystemExit(f"error: {shown(path)} {fault}") from None
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Raises BadWeightsError."""
     try:
         if path.exists() and not path.is_file():
-            raise SystemExit(f"error: {path} is not a file; name the weights file itself.")
+            raise BadWeightsError("is not a file; name the weights file itself.")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(9)
     except FileNotFoundError:
-        raise SystemExit(f"error: {path} does not exist; check the path.") from None
+        raise BadWeightsError("does not exist; check the path.") from None
     except OSError as error:
-        raise SystemExit(
-            f"error: {path} cannot be read ({os.strerror(error.errno)}); check its permissions."
+        raise BadWeightsError(
+            f"cannot be read ({os.strerror(error.errno)}); check its permissions."
         ) from None
     if size == 0:
-        raise SystemExit(f"error: {path} is empty; {SAVE_AGAIN}.")
+        raise BadWeightsError(f"is empty; {SAVE_AGAIN}.")
     if size > MOST_BYTES:
-        raise _too_large(path)
+        raise BadWeightsError(TOO_LARGE)
 
     if head[8:] == b"{":  # a JSON header after 8 bytes of length, which may look like any other format
         weights = _read_safetensors(path)
@@ -57,76 +70,66 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     elif head[0] in MSGPACK_MAPS:
         weights = _read_flax(path)
     else:
-        raise SystemExit(
-            f"error: {path} is neither a torch state dict nor flax msgpack nor safetensors, or is damaged;"
-            f" {SAVE_AGAIN}."
+        raise BadWeightsError(
+            f"is neither a torch state dict nor flax msgpack nor safetensors, or is damaged; {SAVE_AGAIN}."
         )
     if not weights:
-        raise SystemExit(f"error: {path} holds no parameters; {SAVE_AGAIN}.")
+        raise BadWeightsError(f"holds no parameters; {SAVE_AGAIN}.")
     return weights
 
 
-def _too_large(path: Path) -> SystemExit:
-    return SystemExit(f"error: {path} holds more than any network here; name a file of weights alone.")
-
-
-def _check_count(path: Path, counts: Iterable[int]) -> None:
-    """Raises SystemExit if there are more numbers than a network has: they may share little memory so far."""
+def _check_count(counts: Iterable[int]) -> None:
+    """Raises BadWeightsError if there are more numbers than a network has: they may share their memory."""
     if sum(counts) > MOST_NUMBERS:
-        raise _too_large(path)
+        raise BadWeightsError(TOO_LARGE)
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise SystemExit(
-            f"error: {path} is in torch's format; pip install torch, or use a safetensors file."
-        ) from None
+        raise BadWeightsError("is in torch's format; pip install torch, or use a safetensors file.") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with path.open("rb") as file:  # of a path torch believes the suffix
-                content = _stable_baselines3_policy(path, file) or file
+                content = _stable_baselines3_policy(file) or file
                 state_dict = torch.load(content, map_location="cpu", weights_only=True)
+    except BadWeightsError:
+        raise
     except pickle.UnpicklingError:  # torch's message has many lines and advises to trust the file
-        raise SystemExit(
-            f"error: {path} is refused: it holds Python objects beside tensors, which could run code, or is"
+        raise BadWeightsError(
+            "is refused: it holds Python objects beside tensors, which could run code, or is"
             " damaged; save network.state_dict() alone, or download it again."
         ) from None
     except Exception:  # EOFError, RuntimeError, OSError, IndexError …, depending on where the damage is
-        raise SystemExit(
-            f"error: {path} is truncated, damaged or not a torch state dict; {SAVE_AGAIN}."
-        ) from None
+        raise BadWeightsError(f"is truncated, damaged or not a torch state dict; {SAVE_AGAIN}.") from None
 
     state_dict, atoms = _open_envelope(state_dict)
     if not isinstance(state_dict, dict):
         kind = type(state_dict).__name__
-        raise SystemExit(f"error: {path} holds a {kind}, not a state dict; save network.state_dict().")
+        raise BadWeightsError(f"holds a {kind}, not a state dict; save network.state_dict().")
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise SystemExit(
-                f"error: {path} is not a state dict ({QUOTE.repr(name)} is a {kind});"
-                " save network.state_dict() alone."
+            raise BadWeightsError(
+                f"is not a state dict ({QUOTE.repr(name)} is a {kind}); save network.state_dict() alone."
             )
-    _check_count(path, (tensor.numel() for tensor in state_dict.values()))
+    _check_count(tensor.numel() for tensor in state_dict.values())
     try:
         return atoms | {
             name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
             for name, tensor in state_dict.items()
         }
     except Exception:
-        raise SystemExit(
-            f"error: {path} holds sparse or other special tensors; save ordinary dense ones."
-        ) from None
+        raise BadWeightsError("holds sparse or other special tensors; save ordinary dense ones.") from None
 
 
-def _stable_baselines3_policy(path: Path, file: BinaryIO) -> io.BytesIO | None:
+def _stable_baselines3_policy(file: BinaryIO) -> io.BytesIO | None:
     """The state dict in a zip file of Stable-Baselines3; None if the file is something else.
 
     Raises:
-        SystemExit: with a one-line error, if what torch would read is too large once it is unpacked.
+        BadWeightsError: what torch would read is too large once it is unpacked.
     """
     if not zipfile.is_zipfile(file):
         file.seek(0)
@@ -135,11 +138,11 @@ def _stable_baselines3_policy(path: Path, file: BinaryIO) -> io.BytesIO | None:
         records = archive.infolist()
         policies = [record for record in records if PurePosixPath(record.filename).name == "policy.pth"]
         if sum(record.file_size for record in policies or records) > MOST_BYTES:
-            raise _too_large(path)
+            raise BadWeightsError(TOO_LARGE)
         policy = io.BytesIO(archive.read(policies[0])) if len(policies) == 1 else None
     file.seek(0)
     if policy:  # it is a zip file, too
-        _stable_baselines3_policy(path, policy)
+        _stable_baselines3_policy(policy)
     return policy
 
 
@@ -159,30 +162,26 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
     try:
         from flax.serialization import msgpack_restore
     except ImportError:
-        raise SystemExit(
-            f"error: {path} is in flax's format; pip install flax, or use a safetensors file."
-        ) from None
+        raise BadWeightsError("is in flax's format; pip install flax, or use a safetensors file.") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree, atoms = _open_envelope(msgpack_restore(path.read_bytes()))
             weights = flatten(tree)
     except Exception:  # ValueError, TypeError, RecursionError, KeyError …, depending on where the damage is
-        raise SystemExit(
-            f"error: {path} is truncated, damaged or not flax parameters; {SAVE_AGAIN}."
-        ) from None
+        raise BadWeightsError(f"is truncated, damaged or not flax parameters; {SAVE_AGAIN}.") from None
     for name, array in weights.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise SystemExit(
-                f"error: {path} does not hold flax parameters ({QUOTE.repr(name)} is a"
+            raise BadWeightsError(
+                f"does not hold flax parameters ({QUOTE.repr(name)} is a"
                 f" {type(array).__name__}); save flax.serialization.to_bytes(params) alone."
             )
         if "float" not in array.dtype.name:  # NumPy does not count bfloat16 as a kind of number
             dtype = array.dtype.name
-            raise SystemExit(
-                f"error: {path}: {QUOTE.repr(name)} is of type {dtype}; save floating-point weights."
+            raise BadWeightsError(
+                f"is not usable: {QUOTE.repr(name)} is of type {dtype}; save floating-point weights."
             )
-    _check_count(path, (array.size for array in weights.values()))
+    _check_count(array.size for array in weights.values())
     return atoms | {name: _to_float32(array) for name, array in weights.items()}
 
 
@@ -192,19 +191,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = deserialize(path.read_bytes())
     except SafetensorError:
-        raise SystemExit(
-            f"error: {path} is truncated, damaged or not a safetensors file; {SAVE_AGAIN}."
-        ) from None
-    _check_count(path, (math.prod(tensor["shape"]) for _, tensor in tensors))
+        raise BadWeightsError(f"is truncated, damaged or not a safetensors file; {SAVE_AGAIN}.") from None
+    _check_count((math.prod(tensor["shape"]) for _, tensor in tensors))
     weights = {}
     for name, tensor in tensors:
         # safetensors' own NumPy reader does not know bfloat16, the upper half of a float32
         dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(tensor["dtype"])
         if dtype is None:
-            raise SystemExit(
-                f"error: {path}: {QUOTE.repr(name)} is of type {tensor['dtype']};"
-                " save floating-point weights."
-            )
+            kind = f"{QUOTE.repr(name)} is of type {tensor['dtype']}"
+            raise BadWeightsError(f"is not usable: {kind}; save floating-point weights.")
         array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
         if tensor["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
