@@ -48,7 +48,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 
 NONSENSE = [
-    ("--num-envs 0", ["--num-envs 0", "at least 1"]),
+    ("--num-envs 0", ["--num-envs 0", "between 1 and 4096"]),
     ("--seed 4294967296", ["--seed 4294967296", "between 0 and 4294967295"]),
     ("--batch-size 11 --buffer-size 10", ["--batch-size 11", "--buffer-size 10"]),
     ("--buffer-device cuda --no-cuda", ["--buffer-device cuda", "--no-cuda"]),
