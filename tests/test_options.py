@@ -159,10 +159,10 @@ def test_help_explains_every_option_and_its_default(script, help_text):
 
 def test_no_option_of_the_algorithm_may_change_when_a_run_is_resumed(script):
     algorithm = {name for name, option in describe_options(script.Args).items() if option.group != "run"}
-    where_the_same_teacher_is = {
-        name for name in algorithm if re.match("teacher_(policy|hf|revision|model_path)", name)
+    where_things_are = {
+        name for name in algorithm if re.match("teacher_(policy|hf|revision|model_path|replay_path)", name)
     }
-    assert MAY_CHANGE & algorithm <= {"total_timesteps", "save_replay"} | where_the_same_teacher_is
+    assert MAY_CHANGE & algorithm <= {"total_timesteps", "save_replay"} | where_things_are
 
 
 def test_every_script_refuses_a_name_that_files_should_not_have(script):

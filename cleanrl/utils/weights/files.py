@@ -196,12 +196,14 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     weights = {}
     for name, tensor in tensors:
         # safetensors' own NumPy reader does not know bfloat16, the upper half of a float32
-        dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(tensor["dtype"])
+        kind = tensor["dtype"]
+        dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(kind)
         if dtype is None:
-            kind = f"{QUOTE.repr(name)} is of type {tensor['dtype']}"
-            raise BadWeightsError(f"is not usable: {kind}; save floating-point weights.")
+            raise BadWeightsError(
+                f"is not usable: {QUOTE.repr(name)} is of type {kind}; save floating-point weights."
+            )
         array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-        if tensor["dtype"] == "BF16":
+        if kind == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         weights[name] = _to_float32(array)
     return weights
