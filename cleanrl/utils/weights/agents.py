@@ -96,7 +96,7 @@ class Agent:
     def dense_width(self) -> int:
         """Units in the dense layer of an Impala-CNN; of a layer that cannot be one, those of the default."""
         match self.weights.get("params/Dense_0/kernel" if self.is_flax else "network.5.weight"):
-            case np.ndarray(shape=(3872, width)) if self.is_flax:
+            case np.ndarray(shape=(3872, width)) if self.is_flax:  # 32 channels of 11 × 11
                 return width
             case np.ndarray(shape=(width, 3872)):
                 return width
