@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
@@ -20,6 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("fakegpu")
 DEVICE = torch.device("fakegpu:0")
+NUMPY = Tensor.numpy
 
 
 class Watch(TorchDispatchMode):
@@ -56,6 +58,12 @@ def as_zeros(tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """`Tensor.numpy`, which within the mode would give memory that is already somebody else's."""
+    with fake_tensor.unset_fake_temporarily():
+        return NUMPY(tensor)
+
+
 def move(module: nn.Module, device: torch.device, memory_format: Any = torch.preserve_format) -> nn.Module:
     """`Module.to` changes a parameter in place, which a fake one does not allow: here is a new one."""
     for part in module.modules():
@@ -71,6 +79,7 @@ def fake_gpu() -> Iterator[Watch]:
     """Within it, tensors are fake."""
     with (
         mock.patch.object(nn.Module, "to", move),
+        mock.patch.object(Tensor, "numpy", to_numpy),
         # So that small constants are no exception.
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),
         warnings.catch_warnings(),

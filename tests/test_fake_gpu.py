@@ -58,6 +58,14 @@ def counted(watch: Watch, work: Any) -> Counter:
     return watch.counts.copy()
 
 
+def test_what_is_read_back_is_zeros(gpu):
+    """In memory of its own, which what comes later does not write to."""
+    numbers = torch.ones(8, 6, device=DEVICE).cpu().numpy()
+    others = [np.full((8, 6), 7.5, np.float32) for _ in range(100)]
+    assert not numbers.any()
+    assert others[0].all()
+
+
 @pytest.mark.parametrize("buffer_device", ["cuda", "cpu"])
 @SCRIPTS
 def test_the_host_waits_for_the_gpu_once_per_step_of_all_environments(gpu, script, buffer_device):
