@@ -598,9 +598,8 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
             if state.offline_step % args.target_network_frequency == 0:
                 update_target_network(state, args.tau)
             if state.offline_step % LOSS_INTERVAL == 0 or state.offline_step == args.offline_steps:
-                names = {"loss": "loss", "q_loss": "td_loss", "distill_loss": "distill_loss"}
-                values = {f"charts/offline/{tag}": losses[name] for tag, name in names.items()}
-                run.plot(values, state.offline_step)
+                tags = {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}
+                run.plot({f"charts/offline/{tags[name]}": losses[name] for name in tags}, state.offline_step)
 
 
 def distill_coefficient(args: Args, state: TrainState, online_step: int) -> float:
