@@ -190,7 +190,7 @@ FOREIGN = {
     ),
     "more than a file may hold": lambda: compressed(bytes(storage.MOST_BYTES + 1)),
     "a description longer than any": lambda: compressed(
-        (storage.MOST_JSON_BYTES + 1).to_bytes(8, "little") + b"[" * (storage.MOST_JSON_BYTES + 1)
+        save({}, metadata={"tree": "[" + "0," * (storage.MOST_JSON_BYTES // 2) + "0]"})
     ),
     "half an archive": lambda: compressed(pack(TREE)[:-20]),
 }
