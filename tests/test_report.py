@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from cleanrl.utils.report import __main__ as report
 from cleanrl.utils.report.pages import Bullets, Paragraph, Table, block_to_html, block_to_markdown
 from cleanrl.utils.report.pictures import COLORS
+from cleanrl.utils.report.runs import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +48,12 @@ def test_text_is_shown_as_it_is():
     assert Tags(block_to_html(Table(["head"], [[name]]), Path())).texts.count(name) == 1
     assert block_to_markdown(Bullets([name])) == r"- a\|b \<i>\*x\*\</i> \__y_\_ [z\](w) \& \\ \`c\`"
     assert block_to_markdown(Table(["h"], [["1|2"]])) == "| h |\n| --- |\n| 1\\|2 |"
+
+
+def test_control_characters_are_escaped_in_pages():
+    for text in ("a\x1b[2J", "a\udcff"):  # from files' names; the second cannot be written at all
+        assert block_to_html(Paragraph(text), Path()) == f"<p>{ascii(text)[1:-1]}</p>"
+        assert block_to_markdown(Paragraph(text)) == ascii(text)[1:-1].replace("\\", "\\\\")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,17 @@ def test_no_usable_run(tmp_path, capsys):
     missing = tmp_path / "no"
     assert error_of(missing) == f"error: {missing} is not a folder; name a run's, or one above it"
     assert error_of().startswith("error: name at least one folder of runs")
+    with pytest.raises(SystemExit, match=r"^error: xxx[^\n]* is not a folder; name a run's"):
+        find_runs([Path("x" * 5000)], include_unfinished=False)
+
+
+def test_what_a_file_says_cannot_move_the_cursor(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs\x1b[2J", seed=seed, games=[(1, 1.0)], gamma=f"\x1b[2J{seed}")
+    make(tmp_path, "--output", tmp_path / "report")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(r"--gamma (\x1b[2J1, \x1b[2J2)")
+    assert "\x1b" not in (tmp_path / "report" / "report.md").read_text("utf-8")
+    assert r"runs\x1b[2J/BreakoutNoFrameskip-v4__dqn__1" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "scipy"])
@@ -224,6 +243,12 @@ def test_nothing_else_is_replaced(output):
         assert error_of("no-such-runs", "--output", folder) == f"error: --output {folder} {fault}"
     assert file.read_text() == "mine"
     assert (output / "report.html").read_text() == "old"
+
+
+def test_an_output_that_cannot_be_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", mock.Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
+    error = error_of("no-such-runs", "--output", tmp_path)
+    assert error == f"error: --output {tmp_path} cannot be read (Permission denied); name another folder"
 
 
 def test_a_file_that_appears_meanwhile_is_kept(one_run, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from cleanrl.utils.report.__main__ import Args
 from cleanrl.utils.report.all_games import over_all_games
 from cleanrl.utils.report.content import results
 from cleanrl.utils.report.curves import environment_series, plotted_series
+from cleanrl.utils.report.events import Curve
 from cleanrl.utils.report.pictures import COLORS, GREY, Level, Series, Shade, draw_curves, spread_out
-from cleanrl.utils.report.runs import Curve
 from cleanrl.utils.report.statistics import (
     MeanCurve,
     estimate,

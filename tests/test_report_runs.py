@@ -1,6 +1,7 @@
 """cleanrl/utils/report/runs.py: which runs are found and used, and what is read of whole and damaged ones."""
 
 import os
+import shutil
 import struct
 
 import pytest
@@ -11,6 +12,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.summary.writer.record_writer import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
+from cleanrl.utils.report import runs
 from cleanrl.utils.report.runs import UnusableError, find_runs, read_run
 from cleanrl.utils.run.charts import EPISODIC_RETURN, EVALUATION_RETURN
 from cleanrl.utils.run.events import EventWriter
@@ -84,7 +86,18 @@ def test_a_damaged_run_is_left_out(tmp_path):
             [(1, 1.0)],
             "damaged: its options are invalid",
         ),
+        (
+            {"offline_steps": 5, "teacher_steps": "9" * 400},
+            [(1, 1.0)],
+            r"damaged: its options are invalid \(teacher_steps is 9+… \(400 characters\)\)$",
+        ),
+        (
+            {"offline_steps": 5, "teacher_steps": 9, "num_envs": -3},
+            [(1, 1.0)],
+            r"damaged: its options are invalid \(num_envs is -3\)$",
+        ),
         ({}, [(1, 1.0), (7, float("nan"))], "damaged: charts/episodic_return is nan at step 7"),
+        ({}, [(1, 1.0), (2**63 - 1, 3.0)], f"damaged: charts/episodic_return is 3.0 at step {2**63 - 1}$"),
     ],
 )
 def test_invalid_runs_are_left_out(tmp_path, options, games, fault):
@@ -93,29 +106,66 @@ def test_invalid_runs_are_left_out(tmp_path, options, games, fault):
         read_run(run, include_unfinished=True)
 
 
-@pytest.mark.parametrize("damage", ["tensor", "length", "fifo"])
-def test_a_damaged_run_does_not_cost_the_report_of_others(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ({"dtype": 1, "float_val": [1, 2], "tensor_shape": {"dim": [{"size": 2}]}}, "no number"),
+        ({"dtype": 1, "float_val": [1], "tensor_shape": {"dim": [{"size": 10**14}]}}, "no number"),
+        ({"dtype": 20, "tensor_content": b"1"}, "no number"),  # a resource
+        ({"dtype": 8, "scomplex_val": [1, 1]}, "no number"),
+        ({"dtype": 2, "double_val": [1e300]}, "1e+300"),  # the mean of a few of these is infinite
+    ],
+)
+def test_a_point_that_is_no_number_is_not_read(tmp_path, content, fault):
+    run = write_run(tmp_path)
+    with SummaryWriter(str(run)) as writer:
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+        value = Summary.Value(tag=EVALUATION_RETURN, metadata=plugin, tensor=TensorProto(**content))
+        writer.file_writer.add_summary(Summary(value=[value]), 3)
+    fault = f"damaged: eval/episodic_return is {fault} at step 3"
+    assert find_runs([tmp_path], include_unfinished=True).left_out == [(run, fault)]
+
+
+@pytest.mark.parametrize("damage", [2**62, 2**26, "fifo", "any"])
+def test_a_damaged_run_does_not_cost_the_report_of_others(tmp_path, monkeypatch, damage):
     good, bad = write_run(tmp_path, seed=1), write_run(tmp_path, seed=2)
     (path,) = bad.glob("events.*")
-    if damage == "tensor":
-        with SummaryWriter(str(bad)) as writer:
-            plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
-            tensor = TensorProto(dtype=1, float_val=[1, 2], tensor_shape={"dim": [{"size": 2}]})
-            value = Summary.Value(tag=EVALUATION_RETURN, metadata=plugin, tensor=tensor)
-            writer.file_writer.add_summary(Summary(value=[value]), 3)
-        fault = "damaged: eval/episodic_return is no number at step 3"
-    elif damage == "length":
-        header = struct.pack("<Q", 2**62)
-        with path.open("ab") as file:
-            file.write(header + struct.pack("<I", masked_crc32c(header)) + bytes(100))
-        fault = f"damaged: a record in {path.name} is not an event"
-    else:
+    if damage == "any":
+        read = runs.read_curves
+        monkeypatch.setattr(runs, "read_curves", lambda paths, faults: read(paths, 1 / (path not in paths)))
+        fault = "cannot be read (ZeroDivisionError('division by zero'))"
+    elif damage == "fifo":
         path.unlink()
         os.mkfifo(path)  # reading it would wait for ever
         fault = "empty: no event files"
+    else:
+        header = struct.pack("<Q", damage)
+        with path.open("ab") as file:
+            file.write(header + struct.pack("<I", masked_crc32c(header)))
+            file.truncate(file.tell() + 2**26)  # all zeros, so it takes no room on the disk
+        fault = f"damaged: a record in {path.name} is not an event"
     found = find_runs([tmp_path], include_unfinished=False)
     assert [run.folder for run in found.runs] == [good]
     assert found.left_out == [(bad, fault)]
+
+
+def test_a_run_whose_name_cannot_be_shown_is_left_out(tmp_path):
+    of_name = "its name has control characters, or its game's is too long to name a plot"
+    faults = {
+        b"Breakout__bad\xff__1__7": of_name,
+        b"Breakout__b\x1b[2J__1__7": of_name,
+        b"G" * 240 + b"__dqn__1__7": of_name,
+        b"\xff/Breakout__dqn__1__8": "its path is not in UTF-8; rename it",
+    }
+    good = write_run(tmp_path)
+    (events,) = good.glob("events.*")
+    for name in faults:
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(folder)
+        shutil.copy(events, os.fsdecode(folder))
+    found = find_runs([tmp_path], include_unfinished=False)
+    assert [run.folder for run in found.runs] == [good]
+    assert dict(found.left_out) == {tmp_path / os.fsdecode(name): fault for name, fault in faults.items()}
 
 
 def test_empty_runs_are_left_out(tmp_path):

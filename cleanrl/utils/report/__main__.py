@@ -57,25 +57,28 @@ def check_arguments(args: Args) -> None:
 
 def check_output(folder: Path) -> None:
     """Raises SystemExit with a one-line error if the folder contains anything but a report."""
-    if folder.is_dir():
-        files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
-        ours = {path for path in files if REPORT_FILES.fullmatch(path.name)}
-        others = sorted(shown(path.name) for path in {*folder.iterdir()} - ours)
-        if others:
-            refuse("output", folder, f"contains {others[0]}, not part of a report; name another folder")
-    elif folder.exists():
-        refuse("output", folder, "is a file; name a folder")
+    try:
+        if folder.is_dir():
+            files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+            ours = {path for path in files if REPORT_FILES.fullmatch(path.name)}
+            others = sorted(shown(path.name) for path in {*folder.iterdir()} - ours)
+            if others:
+                refuse("output", folder, f"contains {others[0]}, not part of a report; name another folder")
+        elif folder.exists():
+            refuse("output", folder, "is a file; name a folder")
+    except OSError as error:
+        refuse("output", folder, f"cannot be read ({error.strerror}); name another folder")
 
 
 def main(args: Args) -> None:
     check_arguments(args)
     found = find_runs(args.runs, args.include_unfinished)
     for folder, reason in found.left_out:
-        print(f"left out: {shown(folder)}: {reason}", file=sys.stderr)
+        print(f"left out: {printable(f'{folder}: {reason}')}", file=sys.stderr)
     for note in found.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     if not found.runs:
-        names = ", ".join(map(str, args.runs))
+        names = ", ".join(map(shown, args.runs))
         reason = f"{len(found.left_out)} left out" if found.left_out else "there are none"
         raise SystemExit(f"error: no usable runs in {names}: {reason}")
 
@@ -93,11 +96,9 @@ def main(args: Args) -> None:
                 output.rename(Path(work) / "old")
             new.rename(output)
     except OSError as error:
-        raise SystemExit(
-            f"error: --output {args.output} cannot be written ({error.strerror or error})"
-        ) from None
+        refuse("output", args.output, f"cannot be written ({error.strerror or error})")
     runs = f"{len(found.runs)} run" + ("s" if len(found.runs) > 1 else "")
-    print(f"report: {args.output / 'report.html'}, of {runs}; {len(found.left_out)} left out")
+    print(f"report: {shown(args.output / 'report.html')}, of {runs}; {len(found.left_out)} left out")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cleanrl.utils.report.events import Curve
 from cleanrl.utils.report.pages import Block, Heading, Paragraph, Picture, count
 from cleanrl.utils.report.pictures import Level, Series, Shade, draw_curves
-from cleanrl.utils.report.runs import Curve, RunResults
+from cleanrl.utils.report.runs import RunResults
 from cleanrl.utils.report.statistics import (
     Group,
     looks_of,

@@ -3,10 +3,12 @@
 import base64
 import re
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+
+from cleanrl.utils.bounds import printable
 
 
 def count(number: int, noun: str) -> str:
@@ -89,7 +91,12 @@ def block_to_markdown(block: Block) -> str:
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def escape(text: str) -> str:
+    return escape_html(printable(text))
+
+
 def escape_markdown(text: str) -> str:
+    text = printable(text)
     return re.sub(r"([\\`*<|&]|\](?=\()|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 

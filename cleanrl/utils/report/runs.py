@@ -1,52 +1,25 @@
-"""Finds runs and reads their results from the event files, with TensorBoard's own record reader."""
+"""Finds runs, and reads what is to be reported of them."""
 
 import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from google.protobuf.message import DecodeError
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
-from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
 
-from cleanrl.utils.run.charts import (
-    EPISODIC_RETURN,
-    EPSILON,
-    EVALUATION_RETURN,
-    OFFLINE_RETURN,
-    TEACHER_RETURN,
-)
-from cleanrl.utils.run.folders import event_files
+from cleanrl.utils.bounds import shown
+from cleanrl.utils.report.events import COUNT, OPTIONS, Curve, UnusableError, read_curves
+from cleanrl.utils.run.charts import EPISODIC_RETURN, EPSILON, EVALUATION_RETURN, OFFLINE_RETURN
+from cleanrl.utils.run.folders import event_files, is_folder
 from cleanrl.utils.run.options import MAY_CHANGE
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<start_time>\d+)")
-TAGS = (TEACHER_RETURN, OFFLINE_RETURN, EPISODIC_RETURN, EPSILON, EVALUATION_RETURN)
 STEP_TAGS = (OFFLINE_RETURN, EPISODIC_RETURN, EPSILON)  # plotted over steps; ε up to a run's very last
-OPTIONS = "hyperparameters/text_summary"
-OPTION_ROW = re.compile(r"^\|(\w+)\|(.*)\|$", re.MULTILINE)
+MOST_GAME_BYTES = 100  # of its name
 HARMLESS = (MAY_CHANGE - {"total_timesteps"}) | {"seed"}  # may differ between seeds of an experiment
-
-
-class UnusableError(Exception):
-    """A run cannot be used; the message says why."""
-
-
-class Curve(NamedTuple):
-    steps: np.ndarray
-    """int64 (n,), ascending"""
-    values: np.ndarray
-    """float64 (n,)"""
-
-
-NO_POINTS = Curve(np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass
@@ -117,8 +90,9 @@ def find_runs(paths: Iterable[Path], include_unfinished: bool) -> Found:
     for folder in tqdm(find_run_folders(paths), desc="reading", unit=" runs", leave=False, disable=None):
         try:
             run = read_run(folder, include_unfinished)
-        except UnusableError as fault:
-            found.left_out.append((folder, str(fault)))
+        except Exception as fault:  # whatever is in its files must not cost the report of the others
+            is_known = isinstance(fault, UnusableError)
+            found.left_out.append((folder, str(fault) if is_known else f"cannot be read ({fault!r})"))
         else:
             readable[run.env_id, run.exp_name, run.seed].append(run)
     for _, runs in sorted(readable.items()):
@@ -143,8 +117,8 @@ def find_run_folders(paths: Iterable[Path]) -> list[Path]:
     """
     folders: dict[Path, Path] = {}  # by real path, as there may be two ways to one folder
     for path in paths:
-        if not path.is_dir():
-            raise SystemExit(f"error: {path} is not a folder; name a run's, or one above it")
+        if not is_folder(path):
+            raise SystemExit(f"error: {shown(path)} is not a folder; name a run's, or one above it")
         seen = set()
         for name, subfolders, _ in os.walk(path, followlinks=True):
             folder, real_path = Path(name), Path(name).resolve()
@@ -166,6 +140,8 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
     name = RUN_NAME.fullmatch(folder.resolve().name)
     if not name:
         raise UnusableError("not named like a run, {env_id}__{exp_name}__{seed}__{unix time}")
+    if not name[0].isprintable() or len(name["env_id"].encode()) > MOST_GAME_BYTES:
+        raise UnusableError("its name has control characters, or its game's is too long to name a plot")
     unfinished = None
     if (folder / "checkpoints").exists():
         unfinished = "unfinished: it still has checkpoints"
@@ -179,11 +155,11 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
         raise UnusableError(f"its event files lack the run's options ({OPTIONS})")
     is_qdagger = "offline_steps" in options
     try:
-        offline_steps = int(options["offline_steps"]) if is_qdagger else 0
+        offline_steps = count_of(options, "offline_steps") if is_qdagger else 0
         teacher_steps = teacher_steps_played(options) if is_qdagger else 0
-        teacher_games = int(options.get("teacher_eval_episodes", 0))
-        games_to_play = int(options.get("eval_episodes", 1))
-    except (KeyError, ValueError, ZeroDivisionError) as fault:
+        teacher_games = count_of(options, "teacher_eval_episodes", "0")
+        games_to_play = count_of(options, "eval_episodes", "1")
+    except (ValueError, ZeroDivisionError) as fault:
         raise UnusableError(f"damaged: its options are invalid ({fault})") from None
     games_played = len(curves[EVALUATION_RETURN].steps)
     if games_played < games_to_play and not unfinished:
@@ -207,71 +183,19 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
     )
 
 
+def count_of(options: dict[str, str], name: str, default: str = "missing") -> int:
+    """Raises ValueError if it is none."""
+    text = options.get(name, default)
+    if not COUNT.admit(count := int(text)):
+        raise ValueError(f"{name} is {shown(text)}")
+    return count
+
+
 def teacher_steps_played(options: dict[str, str]) -> int:
     if options.get("teacher_replay_path", "None") != "None":
         return 0
-    num_envs = int(options.get("num_envs", 1))
-    return math.ceil(int(options["teacher_steps"]) / num_envs) * num_envs
-
-
-def read_curves(paths: Iterable[Path], faults: list[str]) -> tuple[dict[str, str], dict[str, Curve]]:
-    """A run's options and curves, from its event files; a resumed run has several.
-
-    Args:
-        paths: the files.
-        faults: gets a line for each truncated file.
-
-    Raises:
-        UnusableError: a file cannot be read or is damaged.
-    """
-    options: dict[str, str] = {}
-    points: dict[str, list[tuple[int, float]]] = {tag: [] for tag in TAGS}
-    for path in paths:
-        for event in read_events(path, faults):
-            for value in event.summary.value:
-                if value.tag in points:
-                    is_simple = value.HasField("simple_value")  # unlike those of TensorFlow's newer writers
-                    try:
-                        number = value.simple_value if is_simple else float(make_ndarray(value.tensor).item())
-                    except (TypeError, ValueError):
-                        raise UnusableError(
-                            f"damaged: {value.tag} is no number at step {event.step}"
-                        ) from None
-                    if not math.isfinite(number):
-                        raise UnusableError(f"damaged: {value.tag} is {number} at step {event.step}")
-                    points[value.tag].append((event.step, number))
-                elif value.tag == OPTIONS:
-                    for text in value.tensor.string_val:
-                        rows = OPTION_ROW.findall(text.decode(errors="replace"))
-                        options |= dict(rows[1:])  # below the table's header
-    curves = {}
-    for tag, of_tag in points.items():
-        of_tag.sort(key=lambda point: point[0])
-        steps, values = zip(*of_tag, strict=True) if of_tag else NO_POINTS
-        curves[tag] = Curve(np.array(steps, np.int64), np.array(values, np.float64))
-    return options, curves
-
-
-def read_events(path: Path, faults: list[str]) -> Iterator[Event]:
-    """The events of a file. One that ends within a record, as after a power failure, is read up to there.
-
-    TensorBoard itself silently stops at a damaged record and so hides everything after it.
-    """
-    try:
-        reader = PyRecordReader_New(str(path))
-        while True:
-            reader.GetNext()
-            yield Event.FromString(reader.record())
-    except OutOfRangeError:
-        return
-    except DataLossError as error:
-        if "truncated" not in error.message:
-            raise UnusableError(f"damaged: a checksum in {path.name} is wrong") from None
-        faults.append(f"{path.name} is truncated; its last record is lost")
-    except (DecodeError, OverflowError, MemoryError):
-        raise UnusableError(f"damaged: a record in {path.name} is not an event") from None
-    except OSError as error:
-        raise UnusableError(f"{path.name} cannot be read ({error.strerror})") from None
+    num_envs = count_of(options, "num_envs", "1")
+    return math.ceil(count_of(options, "teacher_steps") / num_envs) * num_envs
 
 
 def differing_options(runs: Iterable[RunResults]) -> list[str]:
@@ -285,7 +209,7 @@ def differing_options(runs: Iterable[RunResults]) -> list[str]:
         for name in sorted(set.intersection(*map(set, options)) - HARMLESS):
             values = sorted({of_run[name] for of_run in options})
             if len(values) > 1:
-                differing.append(f"--{name.replace('_', '-')} ({', '.join(values)})")
+                differing.append(f"--{name.replace('_', '-')} ({', '.join(map(shown, values))})")
         if differing:
             notes.append(f"the runs of {experiment} on {game} differ in {', '.join(differing)}")
     return notes

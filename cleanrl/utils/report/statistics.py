@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cleanrl.utils.report.runs import Curve, RunResults
+from cleanrl.utils.report.events import Curve
+from cleanrl.utils.report.runs import RunResults
 from cleanrl.utils.run.charts import EPISODIC_RETURN, EVALUATION_RETURN, TEACHER_RETURN
 
 CONFIDENCE = 0.95

@@ -15,7 +15,7 @@ from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.processes import LocalRunner, run_environment
 from cleanrl.utils.benchmark.records import Job
 from cleanrl.utils.games.parallel_envs import available_cores
-from cleanrl.utils.report.runs import UnusableError, read_curves
+from cleanrl.utils.report.events import UnusableError, read_curves
 from cleanrl.utils.run.charts import EVALUATION_RETURN, OFFLINE_RETURN
 from cleanrl.utils.run.folders import event_files
 from cleanrl.utils.signals import StopSignals
