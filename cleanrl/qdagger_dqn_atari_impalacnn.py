@@ -539,13 +539,12 @@ def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) 
 
 
 def evaluate_teacher(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
-    """Measures G_T, and refuses a teacher for which λ means nothing."""
+    """Measures G_T."""
     player, num_games = partial(compute_q_values, teacher), args.teacher_eval_episodes
     returns = run.play("teacher", player, num_games, 0, teacher.sampling_temperature)
     state.teacher_return = float(np.mean(returns))
     run.say(f"teacher: mean return {state.teacher_return:.2f}")
     run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, 0)
-    check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
 
 
 def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
@@ -694,6 +693,7 @@ def main(args: Args) -> None:
         if state.teacher_return is None:
             run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)
+        check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":
             if args.teacher_replay_path:
                 load_replay(args, state.teacher_replay, partial(compute_q_values, teacher))

@@ -273,7 +273,7 @@ def test_if_none_is_complete_the_run_is_refused_and_left_alone(two_checkpoints, 
     for path in (two_checkpoints / "checkpoints").glob("state-*"):
         damage(path, kind)
     before = files(two_checkpoints)
-    with pytest.raises(SystemExit, match=r"^error: no checkpoint of [^\n]* is complete; restore its files"):
+    with pytest.raises(SystemExit, match=r"^error: no checkpoint of [^\n]* can be used; restore its files"):
         newest_checkpoint(two_checkpoints)
     assert files(two_checkpoints) == before
 

@@ -51,6 +51,21 @@ def test_a_text_is_one_line(value):
     check_bounds(Args(wandb_entity="größe é [x]"))
 
 
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("t\udcff.safetensors", "must be one line"),
+        ("a\n```", "must be one line"),
+        ("x" * 5000, "is longer than any path"),
+        ("x" * 256, "is longer than any path"),
+    ],
+)
+def test_a_path_is_one_line_and_one_that_a_file_can_have(path, fault):
+    with pytest.raises(SystemExit, match=rf"^error: --teacher-path [^\n]+ {fault}"):
+        check_bounds(Args(teacher_path=Path(path)))
+    check_bounds(Args(teacher_path=Path("nowhere/größe é [x]")))
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -61,7 +61,6 @@ FAILURES = {
     ),
     "refused": (refused_url(), (), {}, "Connection refused"),
     "no_name": ("http://hub.invalid", (), {}, "http://hub.invalid"),
-    "no_url": ("nonsense", (), {}, "check the connection and HF_ENDPOINT"),
     "offline": ("ok", (), {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"),
     "bad_id": ("ok", ("a/b/c", FILE), {}, "not a repo id"),
     "bad_id_characters": ("ok", ("../my repo", FILE), {}, "not a repo id"),
@@ -78,8 +77,7 @@ def outcomes(tmp_path_factory) -> dict[str, SimpleNamespace]:
 
     def run(name: str) -> SimpleNamespace:
         mode, arguments, settings, _ = FAILURES[name]
-        is_url = "://" in mode or mode == "nonsense"
-        with nullcontext(SimpleNamespace(url=mode)) if is_url else HubServer(CONTENT, mode) as server:
+        with nullcontext(SimpleNamespace(url=mode)) if "://" in mode else HubServer(CONTENT, mode) as server:
             return run_download(server.url, homes / name, *arguments, **settings)
 
     with ThreadPoolExecutor(6) as pool:
@@ -99,6 +97,15 @@ def test_a_failure_is_a_one_line_error(name, outcomes):
     assert expected in outcome.err
     assert "train a DQN teacher yourself or pass a local one with --teacher-model-path FILE" in outcome.err
     assert outcome.elapsed_s < 30
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "", "http://", "http://u:secret@[bad", "http://x:99999", "u:secret@127.0.0.1:1"]
+)
+def test_an_endpoint_that_is_no_address_is_refused_in_a_line_that_does_not_show_it(endpoint, tmp_path):
+    outcome = run_download(endpoint, tmp_path)
+    line = "error: HF_ENDPOINT is not an address like https://huggingface.co; correct or unset it\n"
+    assert (outcome.status, outcome.out, outcome.err) == (1, "", line)
 
 
 @pytest.mark.parametrize("endpoint", ["http://alice:secret@hub.invalid", None])

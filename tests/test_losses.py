@@ -166,6 +166,7 @@ def test_the_distill_coefficient_is_the_formula(qdagger, returns, teacher_return
         (PONG, "random", -20.7, "use a better teacher"),
         (PONG, "random", -5.0, None),
         (BREAKOUT, "random", 1.0, "use a better teacher"),
+        (BREAKOUT, "none", 0.0, "use a better teacher"),  # a random player scores 1.7
     ],
 )
 def test_a_teacher_has_to_be_better_than_what_returns_are_measured_from(

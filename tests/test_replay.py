@@ -336,5 +336,8 @@ def test_a_buffer_without_transitions_ends_the_drawing():
     """A file can say so, though no run writes one."""
     replay = filled(make_replay(TorchFrames, 40, 2), Stream(2, 60, 0.1))
     replay.columns["is_transition"][:] = False
-    with pytest.raises(SystemExit, match=r"^error: the replay buffer holds no transitions"):
-        replay.draw(8, np.random.default_rng(0))
+    empty = make_replay(TorchFrames, 40, 2)
+    empty.allocate()
+    for buffer in (replay, empty):
+        with pytest.raises(SystemExit, match=r"^error: the replay buffer holds no transitions"):
+            buffer.draw(8, np.random.default_rng(0))

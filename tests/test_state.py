@@ -222,14 +222,14 @@ OTHERS = {
 def test_a_checkpoint_whose_field_has_another_kind_or_shape_is_refused_by_name(other):
     name = other.partition(":")[0]
     content = saved(dataclasses.replace(new_state(), **{name: OTHERS[other]()}))
-    with pytest.raises(DamagedError, match=rf"^is of another version .* differs in {name}$"):
+    with pytest.raises(DamagedError, match=rf"^it is of another version .* differs in {name}$"):
         restore(new_state(), content)
 
 
 def test_a_checkpoint_with_other_fields_is_refused_by_their_names():
     content = saved(new_state())
     content["removed"] = content.pop("step")
-    with pytest.raises(DamagedError, match=r"^is of another version .* differs in removed, step$"):
+    with pytest.raises(DamagedError, match=r"^it is of another version .* differs in removed, step$"):
         restore(new_state(), content)
     del content["removed"], content["replay"]
     with pytest.raises(DamagedError, match=r"differs in replay, step$"):

@@ -144,6 +144,14 @@ def test_a_bit_that_flipped_anywhere_is_noticed(tmp_path):
             read_tree(tmp_path, entry)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tree.zst")
+    with pytest.raises(DamagedError, match=r"^tree.zst is not a file$"):
+        read_tree(tmp_path, FileEntry("tree.zst", "0" * 64))
+    with pytest.raises(DamagedError, match=r"^tree.zst is not a file$"):
+        read_manifest(tmp_path / "tree.zst")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DamagedError, match=r"^tree.zst cannot be read \(No such file"):
         read_tree(tmp_path, FileEntry("tree.zst", "0" * 64))

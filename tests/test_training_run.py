@@ -44,6 +44,7 @@ class Args(RunOptions):
     repeat_action_probability: float = 0.0
     learning_rate: float = 0.1
     total_timesteps: int = 100
+    num_envs: int = 2
     save_replay: Path | None = None
 
 
@@ -156,7 +157,7 @@ def test_games_continue_where_they_stood_and_others_start_anew(monkeypatch):
         return envs.observations
 
     monkeypatch.setattr(training_run, "ParallelEnvs", EnvsInThisProcess)
-    pong = {"env_id": "PongNoFrameskip-v4", "repeat_action_probability": 0.5}
+    pong = {"env_id": "PongNoFrameskip-v4", "repeat_action_probability": 0.5, "num_envs": 1}
     with killed_run(**pong) as run, run.open_envs(1, seed=(1, 2)) as envs:
         play(envs)
         run.checkpoint()
@@ -337,12 +338,15 @@ def test_an_option_that_may_change_is_taken(unfinished):
     assert (options["total_timesteps"], options["save_replay"]) == (200, "replay")
 
 
-def test_a_checkpoint_of_another_version_of_the_script_is_refused(unfinished):
+def test_a_checkpoint_of_another_version_of_the_script_is_refused(unfinished, capsys):
     longer = make_dataclass("State", [("added", int, 0)], bases=(State,))
     assert refusal(state=longer(), resume=str(unfinished)) == (
-        f"error: --resume {unfinished}: checkpoint-000001.json is of another version of the script, whose"
-        " state differs in added; finish the run with the version that started it, or start again without"
-        " --resume"
+        f"error: no checkpoint of {unfinished} can be used; restore its files, finish the run with the"
+        " version that started it, or start without --resume"
+    )
+    assert capsys.readouterr().err == (
+        f"warning: checkpoint-000001 of {unfinished} cannot be used: it is of another version of the script,"
+        " whose state differs in added\n"
     )
 
 
@@ -366,13 +370,21 @@ def halved(rows: Content) -> None:
         rows[name] = values[::2]
 
 
+GAME = {"env": {}, "observation": np.zeros((4, 84, 84), np.uint8)}
 FAULTS = {
     "a counter is a text": the_state(lambda state: state.update(step="5")),
     "a counter is NaN": the_state(lambda state: state.update(step=float("nan"))),
     "a counter is negative": the_state(lambda state: state.update(step=-1)),
+    "a counter is too large": the_state(lambda state: state.update(step=10**30)),
+    "a counter is missing": the_state(lambda state: state.pop("step")),
+    "a weight is missing": the_state(lambda state: state["network"].pop("weight")),
+    "a weight has another shape": the_state(lambda state: state["network"].update(weight=np.zeros((1, 3)))),
     "a weight is NaN": the_state(lambda state: state["network"]["weight"].fill(np.nan)),
     "there are no games": lambda saved, rows, manifest: saved.pop("games"),
     "the games are a number": lambda saved, rows, manifest: saved.update(games=3),
+    "a game is missing": lambda saved, rows, manifest: saved.update(games=([1], [GAME])),
+    "a game has no emulator": lambda saved, rows, manifest: saved.update(games=([1], [GAME, {"env": {}}])),
+    "a return is too large": lambda saved, rows, manifest: saved.update(mean_returns={"best": 10**400}),
     "a return is a text": lambda saved, rows, manifest: saved.update(mean_returns={"best": "3"}),
     "half of the rows are missing": the_rows(halved),
     "a row is there twice": the_rows(lambda rows: rows["positions"].__setitem__(1, rows["positions"][0])),
@@ -380,6 +392,7 @@ FAULTS = {
     "a row is of no ring": the_rows(lambda rows: rows["envs"].__setitem__(0, 2)),
     "an action is none": the_rows(lambda rows: rows["actions"].fill(200)),
     "a stack is too deep": the_rows(lambda rows: rows["stack_depths"].fill(9)),
+    "a reward is too large": the_rows(lambda rows: rows["rewards"].fill(3e38)),
     "a reward is NaN": the_rows(lambda rows: rows["rewards"].fill(np.nan)),
     "a Q-value is infinite": the_rows(lambda rows: rows["teacher_q_values"].fill(np.inf)),
     "there are no Q-values": the_rows(lambda rows: rows.pop("teacher_q_values")),
@@ -424,7 +437,7 @@ def test_a_checkpoint_whose_content_no_run_has_gives_way_to_the_one_before(fault
 
     alone = shutil.copytree(run.folder, "alone")
     (Path(alone) / "checkpoints" / before.name).unlink()
-    assert "no checkpoint of alone is complete; restore its files" in refusal(
+    assert "no checkpoint of alone can be used; restore its files" in refusal(
         state=new_state(), resume="alone"
     )
     with killed_run(state=new_state(), resume=str(run.folder)) as resumed:
@@ -451,9 +464,30 @@ def test_a_run_is_resumed_with_the_same_teacher_wherever_it_is_from():
         pass
 
 
-def test_a_checkpoint_of_another_network_is_refused(unfinished):
+def test_a_buffer_of_a_checkpoint_that_gives_way_is_empty_again():
+    replay = make_replay(TorchFrames, 20, 2)
+    with killed_run(state=State(replay=replay)) as run:
+        run.checkpoint()
+        for _ in fill(replay, Stream(2, 8, 0.0)):
+            pass
+        time.sleep(1e-6)
+        run.checkpoint()
+    newest, _ = manifests(run.folder)
+    manifest, folder = read_manifest(newest), newest.parent
+    (file,) = manifest["replays"]["replay"]["files"]
+    rows = read_tree(folder, FileEntry(file["name"], file["sha256"]))
+    rows["rewards"].fill(np.nan)
+    file["sha256"] = write_tree(folder / file["name"], rows).sha256
+    write_manifest(newest, manifest)
+    with killed_run(state=State(replay=make_replay(TorchFrames, 20, 2)), resume=str(run.folder)) as resumed:
+        assert resumed.state.replay.frames is None
+        assert resumed.state.replay.heads.tolist() == [0, 0]
+
+
+def test_a_checkpoint_of_another_network_is_refused(unfinished, capsys):
     wider = State(network=nn.Linear(3, 1))
-    assert "whose state differs in network; finish the run" in refusal(state=wider, resume=str(unfinished))
+    assert "finish the run with the version" in refusal(state=wider, resume=str(unfinished))
+    assert capsys.readouterr().err.endswith("whose state differs in network\n")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -28,7 +29,7 @@ from flax.serialization import msgpack_serialize, to_bytes
 from safetensors.torch import save_file
 
 from cleanrl.utils.bounds import shown
-from cleanrl.utils.weights.files import MOST_BYTES, MOST_NUMBERS, read_weights, save_weights
+from cleanrl.utils.weights.files import MOST_BYTES, MOST_NUMBERS, MOST_RECORDS, read_weights, save_weights
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
 ROOT = Path(__file__).parent.parent
@@ -323,20 +324,38 @@ def test_tensors_of_no_numbers_are_read_as_they_are(tmp_path):
         assert read_weights(tmp_path / "file")["weight"].shape == shape
 
 
-def zip_of(name: str, num_bytes: int) -> bytes:
-    """A small archive of one file of zeros."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, bytes(num_bytes))
-    return file.getvalue()
+@pytest.mark.parametrize("shape", [[1] * 70, [0, 2**62, 2**62], [0, 2**62, 4]])
+def test_a_shape_that_no_array_has_is_refused(shape, tmp_path, capfd):
+    num_bytes = 4 * math.prod(shape)
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+    assert "not a safetensors file" in refusal(tmp_path / "file", capfd)
 
 
-def nested_zip() -> bytes:
-    """As Stable-Baselines3 saves a policy: an archive in an archive, of which only the inner one is large."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("policy.pth", zip_of("archive/data/0", MOST_BYTES + 1))
-    return file.getvalue()
+def zip_of(*files: tuple[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        for name, content in files:
+            writer.writestr(name, content)
+    return archive.getvalue()
+
+
+def zeros() -> bytes:
+    return bytes(MOST_BYTES + 1)
+
+
+def decoys() -> bytes:
+    """More than one policy is none, and torch reads what is beside them."""
+    return zip_of(("archive/data.pkl", zeros()), ("x/policy.pth", b""), ("y/policy.pth", b""))
+
+
+LISTS = b"\x80\x02" + b"]" * 200_000 + b"."
+MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of torch before 1.6 begin
+
+
+def many_tensors() -> bytes:
+    header = {f"{index}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for index in range(20_000)}
+    return len(json.dumps(header)).to_bytes(8, "little") + json.dumps(header).encode()
 
 
 def views_of_few_numbers() -> bytes:
@@ -354,9 +373,17 @@ def sparse_safetensors(count: int) -> bytes:
     ("make", "num_bytes"),  # of the file, which is sparse beyond its content
     [
         (views_of_few_numbers, 0),
-        (partial(zip_of, "policy.pth", MOST_BYTES + 1), 0),
-        (partial(zip_of, "archive/data/0", MOST_BYTES + 1), 0),
-        (nested_zip, 0),
+        (lambda: zip_of(("policy.pth", zeros())), 0),
+        (lambda: zip_of(("archive/data/0", zeros())), 0),
+        (lambda: zip_of(("policy.pth", zip_of(("archive/data/0", zeros())))), 0),
+        (decoys, 0),
+        (lambda: zip_of(("policy.pth", decoys())), 0),
+        (lambda: zip_of(*((str(index), b"") for index in range(MOST_RECORDS + 1))), 0),
+        (lambda: zip_of(("archive/data.pkl", LISTS)), 0),
+        (lambda: LISTS, 0),
+        (lambda: MAGIC + LISTS, 0),
+        (lambda: msgpack.packb({"a": [[[]] * 100] * 100}), 0),
+        (many_tensors, 0),
         (partial(sparse_safetensors, 10**11), 2 * 10**11),
         (
             partial(sparse_safetensors, MOST_NUMBERS + 1),
@@ -369,6 +396,14 @@ def sparse_safetensors(count: int) -> bytes:
         "a policy",
         "a tensor",
         "a tensor in a policy",
+        "decoys",
+        "decoys in a policy",
+        "records",
+        "lists",
+        "lists in a bare pickle",
+        "lists in an old file",
+        "lists in msgpack",
+        "tensors",
         "a sparse file",
         "half precision",
         "msgpack",

@@ -1,6 +1,7 @@
 """Reads a program's command line, explains it, and refuses what makes no sense before any work is done."""
 
 import dataclasses
+import errno
 import inspect
 import re
 import shlex
@@ -130,7 +131,7 @@ def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = N
 
 
 def check_bounds(args: Any) -> None:
-    """Checks every option that has a value: a text is one line, others are within the bounds of their type.
+    """Checks every option that has a value: texts and paths are one line, others within bounds.
 
     Raises:
         SystemExit: with a one-line error that names the option, its value and what it must be.
@@ -141,8 +142,20 @@ def check_bounds(args: Any) -> None:
             for bounds in getattr(part, "__metadata__", ()):
                 if isinstance(bounds, Bounds | NameRule) and value is not None and not bounds.admit(value):
                     refuse(name, value, f"must be {bounds.demand(value)}")
-        if isinstance(value, str) and not value.isprintable():  # it would become part of lines and of a card
-            refuse(name, value, "must be one line of printable characters")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            # It becomes part of lines, of TensorBoard's page and of a card.
+            if isinstance(text, str | Path) and not str(text).isprintable():
+                refuse(name, text, "must be one line of printable characters")
+            if isinstance(text, Path) and is_too_long(text):
+                refuse(name, text, "is longer than any path")
+
+
+def is_too_long(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def check_arguments(args: Args) -> Args:

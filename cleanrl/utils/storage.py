@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,6 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorE
 
 class DamagedError(Exception):
     """A file is missing, cut short, altered or not what it should be; the text says which and how."""
-
-
-class OtherVersionError(DamagedError):
-    """Another version of this software wrote it, or another script."""
 
 
 class FileEntry(NamedTuple):
@@ -128,10 +125,12 @@ def _check_size(data: bytes, most_bytes: int) -> None:
 def _read_bytes(path: Path, most_bytes: int) -> bytes:
     """Raises DamagedError if it cannot be read, or is larger than any such file that is written here."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > most_bytes:
-                raise DamagedError(f"{path.name} is too large to be what it should be")
-            return file.read()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise DamagedError(f"{path.name} is not a file")
+        if status.st_size > most_bytes:
+            raise DamagedError(f"{path.name} is too large to be what it should be")
+        return path.read_bytes()
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read ({os.strerror(error.errno)})") from None
 

@@ -1,1 +1,12 @@
 """The Hugging Face Hub: `download` fetches a file, `publish` uploads a run, `card` writes its model card."""
+
+import os
+from urllib.parse import urlsplit
+
+try:  # the Hub's client believes it as soon as it is imported
+    _address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    _is_address = _address.scheme in ("http", "https") and _address.hostname and _address.port != 0
+except ValueError:
+    _is_address = False
+if not _is_address:  # it may hold a password, and is not shown
+    raise SystemExit("error: HF_ENDPOINT is not an address like https://huggingface.co; correct or unset it")

@@ -178,7 +178,7 @@ class ReplayBuffer:
         ends = np.cumsum(self.drawable_per_env())
         slots = np.empty(batch_size, dtype=np.int64)
         missing = np.arange(batch_size)
-        for _ in range(MOST_DRAWS):  # again, where the observation that ended an episode was drawn
+        for _ in range(MOST_DRAWS if ends[-1] else 0):  # again, where the end of an episode was drawn
             drawn = rng.integers(ends[-1], size=len(missing))
             envs = np.searchsorted(ends, drawn, side="right")
             slots[missing] = self._slots(envs, self.heads[envs] - self.n_step - (ends[envs] - 1 - drawn))

@@ -12,6 +12,7 @@ from cleanrl.utils.storage import DamagedError, FileEntry, read_tree
 
 ROWS_PER_FILE = 16_384  # 116 MB of frames before compression
 MOST_ROWS = 10**8  # 700 GB of frames
+MOST_VALUE = 1e9  # of a reward or Q-value; its square, too, is a float32
 ROW_SHAPES = {"envs": (np.int64, ()), "positions": (np.int64, ()), "frames": (np.uint8, (84, 84))} | {
     name: (dtype, ()) for name, dtype in COLUMNS.items()
 }
@@ -113,9 +114,9 @@ def _are_rows(rows: Any, heads: np.ndarray, replay: ReplayBuffer, has_q_values: 
         values = rows[name]
         if not isinstance(values, np.ndarray) or values.dtype != dtype:
             return False
-        if values.shape != (len(rows["envs"]), *shape) or (
-            dtype == np.float32 and not np.isfinite(values).all()
-        ):
+        if values.shape != (len(rows["envs"]), *shape):
+            return False
+        if dtype == np.float32 and not (np.abs(values) <= MOST_VALUE).all():
             return False
     envs, positions = rows["envs"], rows["positions"]
     if not ((envs >= 0) & (envs < len(heads))).all():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.progress import ProgressBar
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.rows import check_range, fitting_rows, held_positions, rows_between
@@ -132,7 +133,7 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
             raise DamagedError(f"{MANIFEST} has version {content.get('version')}, not {VERSION}")
         if (content["env_id"], content["num_actions"]) != (env_id, num_actions):
             raise DamagedError(
-                f"it is a replay of {content['env_id']} with {content['num_actions']} actions, not of"
+                f"it is a replay of {shown(content['env_id'])} with {content['num_actions']} actions, not of"
                 f" {env_id} with {num_actions}"
             )
         oldest, heads = check_range(content["oldest"], content["heads"])

@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.bounds import has_kind, shown
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.rows import check_range, fitting_rows, held_positions, rows_between
 from cleanrl.utils.run.folders import checkpoint_files, event_files, is_folder, manifests
-from cleanrl.utils.run.state import restore
+from cleanrl.utils.run.state import is_number_of_a_run, replays_of, restore
 from cleanrl.utils.storage import (
     DamagedError,
     FileEntry,
-    OtherVersionError,
     check_file,
     read_manifest,
     read_tree,
@@ -35,7 +34,10 @@ from cleanrl.utils.storage import (
 
 VERSION = 2
 NUM_KEPT = 2
-OTHER_VERSION_REMEDY = "finish the run with the version that started it, or start again without --resume"
+
+
+class OtherVersionError(DamagedError):
+    """Another version of this software wrote it."""
 
 
 @dataclass
@@ -100,24 +102,25 @@ class Checkpoint:
     def read_state(self) -> Any:
         return read_tree(self.folder, self.state)
 
-    def restore(self, state: Any, teacher: str | None) -> tuple[Any, dict[str, float]]:
+    def restore(self, state: Any, num_envs: int, teacher: str | None) -> tuple[Any, dict[str, float]]:
         """Brings a run's new state to where it was; returns its games' states and its mean returns.
 
-        `teacher` is the fingerprint of the teacher that it is resumed with.
+        The run has `num_envs` games; `teacher` is the fingerprint of the teacher that it is resumed with.
 
         Raises:
             SystemExit: with a one-line error, if it had another teacher.
-            OtherVersionError: it is of another kind of state.
-            DamagedError: its content makes no sense; the state is then half restored.
+            DamagedError: it is of another kind of state, or makes no sense; the state is then half restored.
         """
         try:
             saved = self.read_state()
             games, mean_returns = saved["games"], saved.get("mean_returns", {})
             if games is not None:
                 seed, states = games
-                if not all(isinstance(part, list) for part in (seed, states)):
+                if not isinstance(seed, list) or len(states) != num_envs:
                     raise TypeError
-            if not has_kind(list(mean_returns.values()), list[float]):
+                if any(own.keys() != {"env", "observation"} for own in states):
+                    raise TypeError
+            if not is_number_of_a_run(list(mean_returns.values()), list[float]):
                 raise TypeError
             content = saved["state"]
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -127,6 +130,8 @@ class Checkpoint:
                 f"error: --resume {self.folder.parent}: its teacher was another one, with other weights; name"
                 " that one with --teacher-model-path or --teacher-revision"
             )
+        for replay in replays_of(state).values():  # of a checkpoint that was tried before
+            replay.free()
         restore(state, content)
         for name in self.replays:
             if not isinstance(getattr(state, name, None), ReplayBuffer):
@@ -167,11 +172,15 @@ def complete_checkpoints(run_folder: Path) -> Iterator[Checkpoint]:
             checkpoint.check()
             yield checkpoint
         except OtherVersionError as fault:
-            raise SystemExit(f"error: --resume {run_folder}: {fault}; {OTHER_VERSION_REMEDY}") from None
+            raise SystemExit(
+                f"error: --resume {run_folder}: {fault}; finish the run with the version that started it, or"
+                " start again without --resume"
+            ) from None
         except DamagedError as fault:
             warn_of(path, fault)
     raise SystemExit(
-        f"error: no checkpoint of {run_folder} is complete; restore its files, or start without --resume"
+        f"error: no checkpoint of {run_folder} can be used; restore its files, finish the run with the"
+        " version that started it, or start without --resume"
     )
 
 

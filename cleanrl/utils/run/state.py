@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
-from cleanrl.utils.bounds import has_kind
+from cleanrl.utils.bounds import MOST, has_kind
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.storage import DamagedError, OtherVersionError, pack
+from cleanrl.utils.storage import DamagedError, pack
 
 
 def check_fields(state: Any) -> None:
@@ -47,14 +47,14 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     """Brings a new state, made with the same options, to where `capture` saw one.
 
     Raises:
-        OtherVersionError: `saved` is of another kind of state.
-        DamagedError: it has a value that no run has: of another type, negative, or not finite.
+        DamagedError: `saved` is of another kind of state, or has a value that no run has: of another type,
+            negative, or not finite.
     """
-    other = "is of another version of the script, whose state differs in"
+    other = "it is of another version of the script, whose state differs in"
     if not isinstance(saved, dict):
         raise DamagedError("its state is not what it should be")
     if differing := saved.keys() ^ vars(state).keys():
-        raise OtherVersionError(f"{other} {', '.join(sorted(differing))}")
+        raise DamagedError(f"{other} {', '.join(sorted(differing))}")
     kinds = {field.name: field.type for field in dataclasses.fields(state)}
     for name, content in saved.items():
         value = getattr(state, name)
@@ -62,8 +62,8 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
             is_sound = is_finite(content) and _can_be(content, kinds[name])
             if is_sound:
                 setattr(state, name, _restore(value, content))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise OtherVersionError(f"{other} {name}") from None
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            raise DamagedError(f"{other} {name}") from None
         if not is_sound:
             raise DamagedError(f"its {name} cannot be that of a run")
 
@@ -83,7 +83,15 @@ def _can_be(content: Any, kind: Any) -> bool:
     """Whether a field of that type can have a value; numbers that count or measure time are not negative."""
     if not _is_of_numbers(kind):
         return True
-    return has_kind(content, kind) and not (kind in (int, float) and content < 0)
+    return is_number_of_a_run(content, kind) and not (kind in (int, float) and content < 0)
+
+
+def is_number_of_a_run(content: Any, kind: Any) -> bool:
+    """Whether a value, or a list of them, is of that type, and no number in it beyond those of any run."""
+    numbers = content if isinstance(content, list) else [content]
+    return has_kind(content, kind) and all(
+        abs(number) <= MOST for number in numbers if isinstance(number, int | float)
+    )
 
 
 def _is_of_numbers(kind: Any) -> bool:

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.devices import memory_shortage
 from cleanrl.utils.evaluation import evaluate
 from cleanrl.utils.games.parallel_envs import FinishedGame, ParallelEnvs, WorkerError
@@ -29,7 +30,6 @@ from cleanrl.utils.run.charts import (
     TAGS,
 )
 from cleanrl.utils.run.checkpoint import (
-    OTHER_VERSION_REMEDY,
     Checkpoint,
     CheckpointWriter,
     complete_checkpoints,
@@ -44,7 +44,7 @@ from cleanrl.utils.run.state import capture, check_fields, fingerprint, read_num
 from cleanrl.utils.run.summary import summary
 from cleanrl.utils.run.tracking import Tracker
 from cleanrl.utils.signals import Stopped, StopSignals
-from cleanrl.utils.storage import DamagedError, OtherVersionError
+from cleanrl.utils.storage import DamagedError
 from cleanrl.utils.weights.files import save_weights
 
 EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start from
@@ -115,15 +115,13 @@ class TrainingRun:
         """Restores the newest checkpoint whose content makes sense."""
         for checkpoint in complete_checkpoints(self.folder):
             if checkpoint.script != self.script.stem:
-                fault = f"is a run of {checkpoint.script}.py, not of {self.script.name}"
+                fault = f"is a run of {shown(checkpoint.script)}.py, not of {self.script.name}"
                 raise SystemExit(f"error: --resume {self.folder} {fault}")
             check_unchanged(self.folder, checkpoint.options, self.options)
             try:
-                self._saved_games, self._mean_returns = checkpoint.restore(self.state, self._teacher)
+                saved = checkpoint.restore(self.state, self.args.num_envs, self._teacher)
+                self._saved_games, self._mean_returns = saved
                 break
-            except OtherVersionError as fault:
-                text = f"{checkpoint.name} {fault}; {OTHER_VERSION_REMEDY}"
-                raise SystemExit(f"error: --resume {self.folder}: {text}") from None
             except DamagedError as fault:
                 warn_of(checkpoint.folder / checkpoint.name, fault)
         cut_events(self.folder, checkpoint)

@@ -1,12 +1,15 @@
 """Files of weights: reads every format, decided by content, and saves a network's weights safely."""
 
 import io
+import itertools
 import math
 import os
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -19,6 +22,9 @@ from cleanrl.utils.weights.layouts import QUOTE, flatten
 SAVE_AGAIN = "download or save it again"
 TOO_LARGE = "holds more than any network here; name a file of weights alone."
 MOST_BYTES, MOST_NUMBERS = 2**27, 2**25  # in a file; twice those of the largest network here
+MOST_RECORDS, MOST_OPERATIONS, MOST_HEADER = 10**4, 10**5, 2**20  # of zips, pickles, safetensors
+MOST_CONTAINERS = 1000  # of msgpack
+NUM_PICKLES = 5  # before torch 1.6: a number, the version, the system, the network, its arrays' names
 MOST_ATOMS, MOST_RETURN = 1000, 1e9  # of C51's arguments that are believed
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
 
@@ -60,10 +66,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from None
     if size == 0:
         raise BadWeightsError(f"is empty; {SAVE_AGAIN}.")
-    if size > MOST_BYTES:
+    is_safetensors = head[8:] == b"{"  # a JSON header after 8 bytes of length, which may look like any format
+    if size > MOST_BYTES or (is_safetensors and MOST_HEADER < int.from_bytes(head[:8], "little") < size):
         raise BadWeightsError(TOO_LARGE)
 
-    if head[8:] == b"{":  # a JSON header after 8 bytes of length, which may look like any other format
+    if is_safetensors:
         weights = _read_safetensors(path)
     elif head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a bare pickle as before torch 1.6
         weights = _read_torch(path)
@@ -94,6 +101,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             warnings.simplefilter("ignore")
             with path.open("rb") as file:  # of a path torch believes the suffix
                 content = _stable_baselines3_policy(file) or file
+                _check_pickles(content)
                 state_dict = torch.load(content, map_location="cpu", weights_only=True)
     except BadWeightsError:
         raise
@@ -129,21 +137,48 @@ def _stable_baselines3_policy(file: BinaryIO) -> io.BytesIO | None:
     """The state dict in a zip file of Stable-Baselines3; None if the file is something else.
 
     Raises:
-        BadWeightsError: what torch would read is too large once it is unpacked.
+        BadWeightsError: it is too large once it is unpacked.
     """
     if not zipfile.is_zipfile(file):
         file.seek(0)
         return None
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        policies = [record for record in records if PurePosixPath(record.filename).name == "policy.pth"]
-        if sum(record.file_size for record in policies or records) > MOST_BYTES:
-            raise BadWeightsError(TOO_LARGE)
-        policy = io.BytesIO(archive.read(policies[0])) if len(policies) == 1 else None
+    with _open_zip(file) as archive:
+        policies = [path for path in archive.namelist() if PurePosixPath(path).name == "policy.pth"]
+        policy = io.BytesIO(_read_record(archive, policies[0])) if len(policies) == 1 else None
     file.seek(0)
-    if policy:  # it is a zip file, too
-        _stable_baselines3_policy(policy)
     return policy
+
+
+def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    file.seek(0)
+    if file.read().count(b"PK\x01\x02") > MOST_RECORDS:  # a list of so many takes a minute
+        raise BadWeightsError(TOO_LARGE)
+    return zipfile.ZipFile(file)
+
+
+def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > MOST_BYTES:
+        raise BadWeightsError(TOO_LARGE)
+    return archive.read(name)
+
+
+def _check_pickles(file: BinaryIO) -> None:
+    """Raises BadWeightsError if torch would make more of a file than a network is."""
+    content = file
+    if zipfile.is_zipfile(file):
+        with _open_zip(file) as archive:
+            if sum(record.file_size for record in archive.infolist()) > MOST_BYTES:
+                raise BadWeightsError(TOO_LARGE)
+            pickles = [_read_record(archive, name) for name in archive.namelist() if name.endswith(".pkl")]
+        content = io.BytesIO(b"".join(pickles))
+    else:
+        file.seek(0)
+    with suppress(ValueError):  # it ends early, or is none of torch's
+        for _ in range(NUM_PICKLES):
+            for count, _ in enumerate(pickletools.genops(content)):
+                if count > MOST_OPERATIONS:
+                    raise BadWeightsError(TOO_LARGE)
+    file.seek(0)
 
 
 def _open_envelope(content: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -166,8 +201,12 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree, atoms = _open_envelope(msgpack_restore(path.read_bytes()))
+            data = path.read_bytes()
+            _check_objects(data)
+            tree, atoms = _open_envelope(msgpack_restore(data))
             weights = flatten(tree)
+    except BadWeightsError:
+        raise
     except Exception:  # ValueError, TypeError, RecursionError, KeyError …, depending on where the damage is
         raise BadWeightsError(f"is truncated, damaged or not flax parameters; {SAVE_AGAIN}.") from None
     for name, array in weights.items():
@@ -185,13 +224,28 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
     return atoms | {name: _to_float32(array) for name, array in weights.items()}
 
 
+def _check_objects(data: bytes) -> None:
+    """Raises BadWeightsError if msgpack holds more maps and lists than a network's parameters."""
+    from msgpack import unpackb
+
+    number = itertools.count(1)
+
+    def count(container: Any) -> None:
+        if next(number) > MOST_CONTAINERS:
+            raise BadWeightsError(TOO_LARGE)
+
+    limits = {"max_array_len": MOST_CONTAINERS, "max_map_len": MOST_CONTAINERS, "strict_map_key": False}
+    unpackb(data, list_hook=count, object_pairs_hook=count, ext_hook=lambda code, data: None, **limits)
+
+
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
+    damaged = BadWeightsError(f"is truncated, damaged or not a safetensors file; {SAVE_AGAIN}.")
     try:
         tensors = deserialize(path.read_bytes())
     except SafetensorError:
-        raise BadWeightsError(f"is truncated, damaged or not a safetensors file; {SAVE_AGAIN}.") from None
+        raise damaged from None
     _check_count((math.prod(tensor["shape"]) for _, tensor in tensors))
     weights = {}
     for name, tensor in tensors:
@@ -202,7 +256,10 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise BadWeightsError(
                 f"is not usable: {QUOTE.repr(name)} is of type {kind}; save floating-point weights."
             )
-        array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+        try:
+            array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+        except ValueError:  # no array has that shape
+            raise damaged from None
         if kind == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         weights[name] = _to_float32(array)
