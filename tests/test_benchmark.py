@@ -3,9 +3,11 @@
 import dataclasses
 import importlib
 import io
+import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -254,13 +256,50 @@ def test_two_benchmarks_do_not_share_a_run():
         '{"command": ["x"], "state": "lost"}',
         '{"command": ["x"], "seconds": "1"}',
         '{"command": ["x"], "folder": "../../elsewhere"}',
+        f'{{"command": ["x"], "folder": "{GAME}__fake_training__1__{"7" * 300}"}}',  # longer than any name
+        '{"command": ["x"], "seconds": Infinity}',
+        '{"command": ["x"], "seconds": NaN}',
+        '{"command": ["x"], "seconds": 1e400}',
+        f'{{"command": ["x"], "seconds": 1{"0" * 400}}}',
+        f'{{"command": ["x"], "starts": 1{"0" * 400}}}',
+        "[" * 200_000,
+        " " * 2**24 + '{"command": ["fake_training.py"]}',
     ],
+    ids=range(15),
 )
 def test_a_damaged_record_is_a_one_line_error(record):
     RECORD.parent.mkdir(parents=True)
     RECORD.write_text(record)
     with pytest.raises(SystemExit, match=r"json is damaged; delete it to start that run again"):
         run()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("path", [RECORD, RECORD.with_suffix(".log")])
+def test_what_is_no_file_is_a_one_line_error(make, path):
+    RECORD.parent.mkdir(parents=True)
+    make(path)
+    with pytest.raises(SystemExit, match=rf"^error: {path} is not a file; remove it$"):
+        run()
+
+
+def test_without_a_folder_for_the_records_it_says_so():
+    Path("runs").touch()
+    with pytest.raises(
+        SystemExit, match=r"^error: runs/benchmark cannot be written to \(Not a directory\); "
+    ):
+        run()
+
+
+def test_more_locks_than_files_may_be_open_are_a_one_line_error():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"^error: 101 runs need more open files .*: ulimit -n 201$"):
+            run(seeds=101)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -270,6 +309,10 @@ def test_a_damaged_record_is_a_one_line_error(record):
         ({"games": ()}, "error: --env-ids names no game; name at least one, such as PongNoFrameskip-v4"),
         ({"games": (GAME, GAME)}, f"error: --env-ids {GAME} is named 2 times; once is enough"),
         ({"seeds": 0}, "error: --num-seeds 0 must be at least 1"),
+        (
+            {"games": GAMES, "seeds": 2 * 10**9},
+            "error: --num-seeds 2000000000 makes 4000000000 runs; a benchmark has at most 10000",
+        ),
         ({"start_seed": -1}, "error: --start-seed -1 must be between 0 and 4294967295"),
         (
             {"start_seed": 2**32 - 1, "seeds": 2},
@@ -310,6 +353,7 @@ def test_bad_options_are_a_one_line_error_and_nothing_starts(options, line):
         (["python -c pass"], "python -c pass: name the experiment with --exp-name NAME"),
         ([QUICK + " --exp-name a/b"], f"{QUICK} --exp-name a/b: --exp-name must be at most 100 letters, "),
         ([QUICK + " --exp-name=[v2]"], f"{QUICK} --exp-name=[v2]: --exp-name must be at most 100 letters, "),
+        (["python " + "x" * 5000 + ".py"], f"python {'x' * 93}… (5010 characters): there is no xxx"),
         ([""], 'is empty; use, say, --command "python cleanrl/dqn_atari.py"'),
         ([], 'names no script; use, say, --command "python cleanrl/dqn_atari.py"'),
         ([QUICK, QUICK + " --deaf"], "has the experiment fake_training 2 times; give each an --exp-name"),
@@ -426,6 +470,17 @@ def test_a_log_is_cut_while_it_is_written(tmp_path, monkeypatch):
 def test_a_wrong_option_is_named_in_the_table(capsys):
     assert run(QUICK + " --learning-rte 3") == 1
     assert "  Unrecognized options: --learning-rte, 3 (see " in capsys.readouterr().out
+
+
+def test_what_a_run_prints_cannot_move_the_cursor(capsys):
+    Path("other.py").write_text(r"import sys; sys.exit('error: \x1b[2J')")
+    assert run("python other.py") == 1
+    assert r"  error: \x1b[2J (see " in capsys.readouterr().out
+    record = Path(f"runs/benchmark/{GAME}__other__1.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"command": ["\x1b[2J"]}))
+    with pytest.raises(SystemExit) as end:
+        run("python other.py")
+    assert r" was started as `\x1b[2J`, not as `other.py`; " in end.value.code
 
 
 class Stream(io.StringIO):

@@ -27,6 +27,8 @@ from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.signals import StopSignals
 
 RECORDS = Path("runs") / "benchmark"
+MOST_RUNS = 10_000
+OTHER_FILES = 100  # open at a time, besides a lock for each run
 (SEED_BOUNDS,) = Seed.__metadata__
 
 
@@ -75,12 +77,28 @@ def check(args: Args) -> None:
     check_bounds(args)
     if not SEED_BOUNDS.admit(args.start_seed + args.num_seeds - 1):
         refuse("start_seed", args.start_seed, f"leads beyond the largest seed, {SEED_BOUNDS.most}")
+    check_number(args, len(args.env_ids) * len(args.command) * args.num_seeds)
     if args.gpus_per_run > 1 and args.gpus_per_run % 1:
         refuse("gpus_per_run", args.gpus_per_run, "must be a fraction of one GPU, or a whole number")
     if args.workers is not None and args.ray_address:
         refuse("workers", args.workers, "applies to this machine only; on Ray, use --cpus-per-run")
     if args.gpus_per_run and not args.ray_address:
         refuse("gpus_per_run", args.gpus_per_run, "needs --ray-address; without Ray all runs share all GPUs")
+
+
+def check_number(args: Args, num_runs: int) -> None:
+    """Raises SystemExit with a one-line error if there are too many runs."""
+    if num_runs > MOST_RUNS:
+        refuse("num_seeds", args.num_seeds, f"makes {num_runs} runs; a benchmark has at most {MOST_RUNS}")
+    num_files = num_runs + OTHER_FILES
+    if os.name == "posix":  # elsewhere there is no such limit
+        import resource
+
+        if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < num_files:
+            raise SystemExit(
+                f"error: {num_runs} runs need more open files than this shell allows;"
+                f" enter: ulimit -n {num_files}"
+            )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The runs of a benchmark: each command for each game and seed."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -68,27 +69,28 @@ def split_command(command: str) -> tuple[tuple[str, ...], str]:
     Raises:
         SystemExit: with a one-line error if it cannot be run, or sets an option that the benchmark sets.
     """
+    refusal = f"error: --command {shown(command)}:"
     try:
         words = tuple(shlex.split(command))
     except ValueError as error:
-        raise SystemExit(f"error: --command {command}: {error}") from None
+        raise SystemExit(f"{refusal} {error}") from None
     if not words:
         raise SystemExit('error: --command is empty; use, say, --command "python cleanrl/dqn_atari.py"')
     for name in RESERVED:
         if option_value(words, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise SystemExit(f"error: --command {command}: the benchmark sets {option}; leave it out")
+            raise SystemExit(f"{refusal} the benchmark sets {option}; leave it out")
     if words[0] not in ("python", "python3") and not shutil.which(words[0]):
-        raise SystemExit(f"error: --command {command}: there is no program {words[0]}")
+        raise SystemExit(f"{refusal} there is no program {shown(words[0])}")
     script, exp_name = script_index(words), option_value(words, "exp_name")
-    if script is not None and words[script].endswith(".py") and not Path(words[script]).is_file():
-        raise SystemExit(f"error: --command {command}: there is no {words[script]} in {Path.cwd()}")
+    if script is not None and words[script].endswith(".py") and not os.path.isfile(words[script]):
+        raise SystemExit(f"{refusal} there is no {shown(words[script])} in {Path.cwd()}")
     if exp_name is None and script is not None:
         exp_name = Path(words[script]).stem if words[script].endswith(".py") else words[script].split(".")[-1]
     if not exp_name:
-        raise SystemExit(f"error: --command {command}: name the experiment with --exp-name NAME")
+        raise SystemExit(f"{refusal} name the experiment with --exp-name NAME")
     if not (rule := NameRule()).admit(exp_name):
-        raise SystemExit(f"error: --command {shown(command)}: --exp-name must be {rule.demand(exp_name)}")
+        raise SystemExit(f"{refusal} --exp-name must be {rule.demand(exp_name)}")
     return words, exp_name
 
 

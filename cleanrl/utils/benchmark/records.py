@@ -7,6 +7,7 @@ finished: until then a training script keeps its `checkpoints` there.
 
 import dataclasses
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,9 @@ import filelock
 
 from cleanrl.utils.benchmark.logs import last_line, short_progress
 from cleanrl.utils.benchmark.plan import Plan
-from cleanrl.utils.bounds import has_kind
+from cleanrl.utils.bounds import Bounds, has_kind, printable
 from cleanrl.utils.run.folders import manifests
-from cleanrl.utils.storage import write_durably
+from cleanrl.utils.storage import MOST_JSON_BYTES, write_durably
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
@@ -50,15 +51,22 @@ class Job:
     started: float | None = None  # time.monotonic() at its start, if it is running
 
     def __post_init__(self) -> None:
-        """Raises SystemExit with a one-line error if it is locked or its record is damaged."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raises SystemExit with a one-line error if it cannot be locked or its record is damaged."""
         self._lock = filelock.FileLock(self.folder / f"{self.plan.name}.lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise SystemExit(
                 f"error: another benchmark is running {self.plan.name}; wait until it has finished"
             ) from None
+        except OSError as error:
+            raise SystemExit(
+                f"error: {self.folder} cannot be written to ({error.strerror}); start in another folder"
+            ) from None
+        for path in (self.record_path, self.log_path):
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise SystemExit(f"error: {path} is not a file; remove it")
         self.record = self._read() or Record(self.plan.identity)
         # A run may have finished by itself after the benchmark was killed.
         if self.record.state == "running" and self.run_folder and is_finished(self.run_folder):
@@ -91,16 +99,20 @@ class Job:
 
     def _read(self) -> Record | None:
         try:
+            if self.record_path.stat().st_size > MOST_JSON_BYTES:
+                raise ValueError("it is too large")
             record = Record(**json.loads(self.record_path.read_text("utf-8")))
             for name, kind in get_type_hints(Record).items():
                 if not has_kind(getattr(record, name), kind):
                     raise ValueError(name)
-            if record.folder and not record.folder.startswith(f"{self.plan.name}__"):
+            if not all(map(Bounds(0).admit, (record.starts, record.seconds))):
+                raise ValueError("they are infinite, or other than any run's")
+            if record.folder and not re.fullmatch(r"__\d{1,20}", record.folder.removeprefix(self.plan.name)):
                 raise ValueError("it is the folder of another run")
             return record
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise SystemExit(
                 f"error: {self.record_path} is damaged; delete it to start that run again"
             ) from None
@@ -112,7 +124,7 @@ class Job:
     def check_command(self) -> None:
         """Raises SystemExit with a one-line error if the run was started with another command."""
         if self.record.command != self.plan.identity:
-            before, now = " ".join(self.record.command), " ".join(self.plan.identity)
+            before, now = printable(" ".join(self.record.command)), " ".join(self.plan.identity)
             raise SystemExit(
                 f"error: {self.plan.name} was started as `{before}`, not as `{now}`; give this one its own"
                 f" --exp-name, or delete {self.record_path} to start over"

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TextIO
 
 from cleanrl.utils.benchmark.records import Job
+from cleanrl.utils.bounds import printable
 
 REDRAW_S = 0.5
 SHOWN_FIRST = ("running", "failed", "stopped", "waiting", "done")
@@ -27,7 +28,7 @@ def rows(jobs: list[Job], details: list[str]) -> list[str]:
     """A line for each: game, experiment, seed, state, time and its entry of `details`."""
     cells = [
         (job.plan.env_id, job.plan.exp_name, str(job.plan.seed), state_of(job), clock(job.seconds), detail)
-        for job, detail in zip(jobs, details, strict=True)
+        for job, detail in zip(jobs, map(printable, details), strict=True)  # a run may have printed anything
     ]
     widths = [max((len(row[column]) for row in cells), default=0) for column in range(5)]
     return [
