@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from matplotlib import image
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cleanrl.utils.command_line import describe_options
-from cleanrl.utils.tune.__main__ import Args
+from cleanrl.utils.tune.__main__ import Args, main
 from cleanrl.utils.tune.space import parse_space
+from cleanrl.utils.tune.trials import open_study
 
 COMMAND = f"python {ROOT / 'tests' / 'fake_training.py'} --eval-episodes 2"
 SEARCH = ["-m", "cleanrl.utils.tune", "--env-id", "PongNoFrameskip-v4", "--study", "pong"]
@@ -116,13 +118,50 @@ def test_what_can_vary():
 
 @pytest.mark.parametrize(
     "text",
-    ["x", "x=", "x=1", "x=a,a", "x=a,", "x=1:2:linear", "x=2:1", "x=0:1:log", "x=a:b", "=1:2", "x=1:nan"],
+    [
+        "x",
+        "x=",
+        "x=1",
+        "x=a,a",
+        "x=a,",
+        "x=1:2:linear",
+        "x=2:1",
+        "x=0:1:log",
+        "x=a:b",
+        "=1:2",
+        "x=1:nan",
+        "x=-1e308:1e308",
+        f"x=1:1{'0' * 400}",
+        "x=\x1b[2J",
+    ],
 )
 def test_what_cannot_vary_is_refused(text):
-    with pytest.raises(SystemExit, match=r"^error: --search [^\n]+ write what varies as temperature="):
+    with pytest.raises(SystemExit, match=r"^error: --search [^\n\x1b]+ write what varies as temperature="):
         parse_space([text])
     with pytest.raises(SystemExit, match=r"^error: --search names nothing"):
         parse_space([])
+
+
+@pytest.mark.parametrize("damage", ["other", "cut", "page", "pipe", "later"])
+def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/tune/study.db")
+    study = open_study(path, "study", 1, 0)
+    for _ in range(50):
+        study.tell(study.ask({"x": FloatDistribution(0, 1)}), 1.0)
+    content = path.read_bytes()
+    if damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif damage == "later":  # while the search goes on
+        monkeypatch.setattr(optuna.Study, "set_user_attr", lambda *_: path.write_bytes(b"x" * len(content)))
+    else:
+        damaged = {"other": b"x" * 9000, "cut": content[:9000], "page": content[:-4096] + bytes(4096)}
+        path.write_bytes(damaged[damage])
+    with pytest.raises(
+        SystemExit, match=rf"^error: the study {path} cannot be used \([^\n]+\); move it away"
+    ):
+        main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=("quality=-5:5",)))
 
 
 @pytest.mark.slow

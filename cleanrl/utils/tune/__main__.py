@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from cleanrl.utils.benchmark.plan import option_value, split_command
-from cleanrl.utils.bounds import Name, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from cleanrl.utils.bounds import Name, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, printable, shown
 from cleanrl.utils.command_line import check_bounds, parse
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.shell import prepare_command
@@ -53,41 +53,32 @@ def main(args: Args) -> int:
             )
     command, _ = split_command(args.command)
     if option_value(command, "exp_name") is not None:
-        raise SystemExit(f"error: --command {args.command}: the search sets --exp-name; leave it out")
+        raise SystemExit(f"error: --command {shown(args.command)}: the search sets --exp-name; leave it out")
 
-    import optuna  # the package checked above
-
-    from cleanrl.utils.tune.results import draw, table
+    from cleanrl.utils.tune.results import draw, table  # need the packages checked above
     from cleanrl.utils.tune.space import parse_space
-    from cleanrl.utils.tune.trials import RECORDS, Search, run_trials
+    from cleanrl.utils.tune.trials import RECORDS, Search, open_study, run_trials, using
 
     space = parse_space(args.search)
     for name in space.keys() & {"env-id", "exp-name", "resume", "seed"}:
         raise SystemExit(f"error: --search {name}: the search sets --{name}; leave it out")
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{RECORDS / args.study}.db",
-        sampler=optuna.samplers.TPESampler(seed=args.seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=args.warm_up_trials),
-        study_name=args.study,
-        direction="maximize",
-        load_if_exists=True,
-    )
     same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "space": list(space)}
-    for name, value in same.items():
-        if study.user_attrs.setdefault(name, value) != value:
-            raise SystemExit(
-                f"error: the study {args.study} was started with another {name}, {study.user_attrs[name]};"
-                " give this one its own --study"
-            )
-        study.set_user_attr(name, value)
-    search = Search(study, command, args.env_id, args.seed, space)
-    status = run_trials(search, args.trials, args.workers, args.grace_period)
-    print("\n".join(table(study)))
-    draw(study, space, RECORDS / f"{args.study}.png")
-    print(f"picture: {RECORDS / args.study}.png")
-    return status
+    path = RECORDS / f"{args.study}.db"
+    study = open_study(path, args.study, args.seed, args.warm_up_trials)
+    with using(path):
+        for name, value in same.items():
+            if study.user_attrs.setdefault(name, value) != value:
+                raise SystemExit(
+                    f"error: the study {args.study} was started with another {name},"
+                    f" {shown(study.user_attrs[name])}; give this one its own --study"
+                )
+            study.set_user_attr(name, value)
+        search = Search(study, command, args.env_id, args.seed, space)
+        status = run_trials(search, args.trials, args.workers, args.grace_period)
+        print("\n".join(map(printable, table(study))))
+        draw(study, space, RECORDS / f"{args.study}.png")
+        print(f"picture: {RECORDS / args.study}.png")
+        return status
 
 
 if __name__ == "__main__":

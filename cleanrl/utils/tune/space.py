@@ -1,6 +1,5 @@
 """What a search varies, as it is written on the command line."""
 
-import math
 from collections.abc import Sequence
 
 from optuna.distributions import (
@@ -9,6 +8,8 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+
+from cleanrl.utils.bounds import MOST, shown
 
 EXAMPLES = "temperature=0.02:1:log, n-step=1:5 or td-loss=mse,huber"
 
@@ -28,7 +29,9 @@ def parse_space(texts: Sequence[str]) -> dict[str, BaseDistribution]:
                 raise ValueError("each option once")
             space[name] = parse_values(values)
         except ValueError as fault:
-            raise SystemExit(f"error: --search {text} ({fault}); write what varies as {EXAMPLES}") from None
+            raise SystemExit(
+                f"error: --search {shown(text)} ({shown(fault)}); write what varies as {EXAMPLES}"
+            ) from None
     if not space:
         raise SystemExit(f"error: --search names nothing; write what varies as {EXAMPLES}")
     return space
@@ -44,8 +47,8 @@ def parse_values(text: str) -> BaseDistribution:
     low, high, *scale = text.split(":")
     if scale not in ([], ["log"]):
         raise ValueError("the scale is log, or left out")
-    if low.isdecimal() and high.isdecimal():
-        return IntDistribution(int(low), int(high), log=bool(scale))
-    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-        raise ValueError("not finite")
-    return FloatDistribution(float(low), float(high), log=bool(scale))
+    number = int if low.isdecimal() and high.isdecimal() else float
+    if not all(abs(number(end)) <= MOST for end in (low, high)):
+        raise ValueError(f"not within {MOST}")
+    distribution = IntDistribution if number is int else FloatDistribution
+    return distribution(number(low), number(high), log=bool(scale))

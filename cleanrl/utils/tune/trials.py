@@ -3,17 +3,21 @@
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.processes import LocalRunner, run_environment
 from cleanrl.utils.benchmark.records import Job
+from cleanrl.utils.bounds import printable, shown
 from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.report.events import UnusableError, read_curves
 from cleanrl.utils.run.charts import EVALUATION_RETURN, OFFLINE_RETURN
@@ -21,6 +25,38 @@ from cleanrl.utils.run.folders import event_files
 from cleanrl.utils.signals import StopSignals
 
 RECORDS = Path("runs") / "tune"
+
+
+@contextmanager
+def using(path: Path, *faults: type[Exception]) -> Iterator[None]:
+    """Raises SystemExit with a one-line error instead of what a database raises, or of `faults`."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, *faults) as error:
+        reason = shown(str(error.__cause__ or error).partition("\n")[0])
+        raise SystemExit(
+            f"error: the study {path} cannot be used ({reason}); move it away, or name another --study"
+        ) from None
+
+
+def open_study(path: Path, name: str, seed: int, warm_up_trials: int) -> optuna.Study:
+    """A new one, or that in the file; raises SystemExit with a one-line error if it cannot be used."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with using(path, Exception):  # what a damaged one raises has many types
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("not a file")
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}",
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=warm_up_trials),
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        study.get_trials(deepcopy=False)  # reads all of it
+        dict(study.user_attrs)
+        return study
 
 
 @dataclass
@@ -67,11 +103,11 @@ class Attempt:
     def outcome(self) -> str:
         if self.is_pruned:
             return "pruned"
-        return f"{self.job.record.state} {self.job.record.message}".strip()
+        return printable(f"{self.job.record.state} {self.job.record.message}".strip())
 
     def __str__(self) -> str:
         options = self.job.plan.command[-2 * len(self.trial.params) :]
-        return f"trial {self.trial.number} ({shlex.join(options)})"
+        return printable(f"trial {self.trial.number} ({shlex.join(options)})")
 
 
 @dataclass
