@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -30,7 +30,7 @@ import tyro
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, shown
+from cleanrl.utils.bounds import Bounds, Fraction, NonNegativeInt, PositiveFloat, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.atari import count_actions
@@ -65,7 +65,7 @@ class Args:
     """the game, as {Game}NoFrameskip-v4 (default: the one in the agent's name)"""
     repeat_action_probability: Fraction = 0.0
     """sticky actions: probability that the game repeats the previous action"""
-    games: PositiveInt = 3
+    games: Annotated[int, Bounds(1, 100_000)] = 3
     """number of games"""
     seed: NonNegativeInt = 1
     """seed of the games and of the random actions"""
@@ -213,8 +213,31 @@ def measure(args: Args, player: Player, env_id: str, path: Path | None) -> list[
         "median": float(np.median(returns)),
         "returns": returns,
     }
-    write_durably(args.json, f"{json.dumps(result, indent=1)}\n".encode())
+    text = json.dumps(result, indent=1)
+    try:
+        write_durably(args.json, f"{text}\n".encode())
+    except OSError as error:  # such as a full disk
+        print(text)  # what took hours is not lost
+        refuse("json", args.json, f"cannot be written ({error.strerror}); its content is above")
     return returns
+
+
+def check_output(args: Args) -> None:
+    """Makes the folder to write to; raises SystemExit with a one-line error if it cannot be written to."""
+    name, path = ("json", args.json) if args.json else ("video_folder", args.video_folder)
+    try:
+        if args.video_folder:
+            path.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path).close()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # such as /dev/null, which would be replaced
+            refuse(name, path, "is not a file; name another")
+        partial = path.with_name(f"{path.name}.partial")  # as `write_durably` calls it meanwhile
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        refuse(name, path, f"cannot be created ({error.strerror}); name another")
 
 
 def main(args: Args) -> None:
@@ -223,15 +246,8 @@ def main(args: Args) -> None:
         raise SystemExit("error: --json and --video-folder exclude each other")
     path, env_id = find_agent(args)
     player = load_player(args, path, env_id)
-    try:
-        if args.video_folder:
-            args.video_folder.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.touch()
-    except OSError as error:
-        name, place = ("json", args.json) if args.json else ("video_folder", args.video_folder)
-        refuse(name, place, f"cannot be created ({error.strerror}); name another")
+    if args.json or args.video_folder:
+        check_output(args)
     try:
         returns = measure(args, player, env_id, path) if args.json else watch(args, player, env_id)
     except (WorkerError, OSError) as error:

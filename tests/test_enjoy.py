@@ -187,7 +187,8 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ),
         ({"agent": "x.safetensors"}, "error: x.safetensors does not name its game; use --env-id"),
         ({"env_id": "Pong"}, "error: --env-id Pong is not known"),
-        ({"games": 0}, "error: --games 0 must be at least 1"),
+        ({"games": 0}, "error: --games 0 must be between 1 and 100000"),
+        ({"games": 10**9}, "error: --games 1000000000 must be between 1 and 100000"),
         ({"seed": -1}, "error: --seed -1 must be at least 0"),
         ({"temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
         ({"epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
@@ -198,6 +199,13 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ({"agent": f"no-{PONG}"}, f"error: no-{PONG} does not exist"),
         ({"agent": f"{PONG}{'x' * 5000}"}, f"error: {PONG}xxx"),
         ({"json": TEACHER / "x.json"}, f"error: --json {TEACHER / 'x.json'} cannot be created ("),
+        ({"json": TEACHER.parent}, f"error: --json {TEACHER.parent} is not a file; name another"),
+        ({"json": Path("/dev/null")}, "error: --json /dev/null is not a file; name another"),
+        (
+            {"json": Path("x" * 250)},
+            f"error: --json {'x' * 100}… (250 characters) cannot be created (File name",
+        ),
+        ({"video_folder": Path("/proc")}, "error: --video-folder /proc cannot be created ("),
         ({"agent": f"runs/{PONG}__x"}, f"error: runs/{PONG}__x does not exist"),
         (
             {"agent": str(TEACHER.parent), "env_id": PONG},
@@ -209,11 +217,24 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ),
     ],
 )
-def test_bad_input_is_a_one_line_error(options, line):
+def test_bad_input_is_a_one_line_error(options, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(enjoy, "evaluate", mock.Mock(side_effect=AssertionError("it plays already")))
     with pytest.raises(SystemExit) as end:
         main(Args(**{"agent": str(TEACHER)} | options))
     assert end.value.code.startswith(line)
     assert "\n" not in end.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.json"
+    monkeypatch.setattr(enjoy, "evaluate", lambda *_, **__: path.mkdir() or [1.0, 3.0])
+    with pytest.raises(
+        SystemExit, match=r"x.json cannot be written \(Is a directory\); its content is above$"
+    ):
+        main(Args(str(TEACHER), json=path))
+    assert json.loads(capsys.readouterr().out)["returns"] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
