@@ -218,7 +218,7 @@ def measure(args: Args, player: Player, env_id: str, path: Path | None) -> list[
         write_durably(args.json, f"{text}\n".encode())
     except OSError as error:  # such as a full disk
         print(text)  # what took hours is not lost
-        refuse("json", args.json, f"cannot be written ({error.strerror}); its content is above")
+        refuse("json", args.json, f"cannot be written to ({error.strerror}); its content is above")
     return returns
 
 

@@ -231,7 +231,7 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsy
     path = tmp_path / "x.json"
     monkeypatch.setattr(enjoy, "evaluate", lambda *_, **__: path.mkdir() or [1.0, 3.0])
     with pytest.raises(
-        SystemExit, match=r"x.json cannot be written \(Is a directory\); its content is above$"
+        SystemExit, match=r"x.json cannot be written to \(Is a directory\); its content is above$"
     ):
         main(Args(str(TEACHER), json=path))
     assert json.loads(capsys.readouterr().out)["returns"] == [1.0, 3.0]
