@@ -1,6 +1,7 @@
 """Many runs on this machine: which are done, missing or resumed, and what the benchmark says of them."""
 
 import dataclasses
+import errno
 import importlib
 import io
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import fake_training
 import filelock
@@ -24,7 +26,7 @@ import tyro
 from many_runs import GAME, ROOT, Benchmark, curve, model, saved_step, starts, the_folder
 from tqdm import tqdm
 
-from cleanrl.utils.benchmark import logs, processes
+from cleanrl.utils.benchmark import logs, processes, records
 from cleanrl.utils.benchmark.__main__ import Args, check, main
 from cleanrl.utils.benchmark.logs import last_line, last_words, short_progress
 from cleanrl.utils.benchmark.plan import Plan, plan_runs
@@ -272,6 +274,15 @@ def test_a_damaged_record_is_a_one_line_error(record):
     RECORD.write_text(record)
     with pytest.raises(SystemExit, match=r"json is damaged; delete it to start that run again"):
         run()
+
+
+def test_a_full_disk_costs_only_the_record(monkeypatch, capsys):
+    job = Job(Plan(GAME, "fake", 1, ("fake.py",)), Path("runs/benchmark"))
+    job.end("done", "kept")
+    monkeypatch.setattr(records, "write_durably", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    job.end("failed", "lost")
+    assert capsys.readouterr().err == f"warning: {job.record_path} cannot be written (No space left)\n"
+    assert (job.record.state, json.loads(job.record_path.read_text())["state"]) == ("failed", "done")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -8,6 +8,7 @@ finished: until then a training script keeps its `checkpoints` there.
 import dataclasses
 import json
 import re
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +119,12 @@ class Job:
             ) from None
 
     def _save(self) -> None:
+        """If the record cannot be written it stays as it was, and the runs go on."""
         record = dataclasses.replace(self.record, seconds=self.seconds)
-        write_durably(self.record_path, json.dumps(dataclasses.asdict(record), indent=1).encode())
+        try:
+            write_durably(self.record_path, json.dumps(dataclasses.asdict(record), indent=1).encode())
+        except OSError as error:
+            print(f"warning: {self.record_path} cannot be written ({error.strerror})", file=sys.stderr)
 
     def check_command(self) -> None:
         """Raises SystemExit with a one-line error if the run was started with another command."""
