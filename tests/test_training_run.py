@@ -383,7 +383,7 @@ FAULTS = {
     "there are no games": lambda saved, rows, manifest: saved.pop("games"),
     "the games are a number": lambda saved, rows, manifest: saved.update(games=3),
     "a game is missing": lambda saved, rows, manifest: saved.update(games=([1], [GAME])),
-    "a game has no emulator": lambda saved, rows, manifest: saved.update(games=([1], [GAME, {"env": {}}])),
+    "a game has no observation": lambda saved, rows, manifest: saved.update(games=([1], [GAME, {"env": {}}])),
     "a return is too large": lambda saved, rows, manifest: saved.update(mean_returns={"best": 10**400}),
     "a return is a text": lambda saved, rows, manifest: saved.update(mean_returns={"best": "3"}),
     "half of the rows are missing": the_rows(halved),
