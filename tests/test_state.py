@@ -226,6 +226,13 @@ def test_a_checkpoint_whose_field_has_another_kind_or_shape_is_refused_by_name(o
         restore(new_state(), content)
 
 
+def test_a_generators_state_that_is_too_large_for_it_is_refused():
+    content = saved(new_state())
+    content["rng"]["state"]["state"] = 10**400
+    with pytest.raises(DamagedError, match=r"differs in rng$"):
+        restore(new_state(), content)
+
+
 def test_a_checkpoint_with_other_fields_is_refused_by_their_names():
     content = saved(new_state())
     content["removed"] = content.pop("step")
