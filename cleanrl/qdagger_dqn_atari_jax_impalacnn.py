@@ -297,12 +297,16 @@ def max_pool(x: Array, as_torch: bool = False) -> Array:
     return x
 
 
+# As wide as PyTorch's first weights, ±1 / √fan-in: from Flax's own, √3 times wider, a student distils more slowly.
+narrow = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
-        y = nn.Conv(channels, (3, 3))(nn.relu(x))
-        y = nn.Conv(channels, (3, 3))(nn.relu(y))
+        y = nn.Conv(channels, (3, 3), kernel_init=narrow)(nn.relu(x))
+        y = nn.Conv(channels, (3, 3), kernel_init=narrow)(nn.relu(y))
         return x + y
 
 
@@ -312,7 +316,7 @@ class ConvSequence(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = max_pool(nn.Conv(self.channels, (3, 3))(x), self.pools_as_torch)
+        x = max_pool(nn.Conv(self.channels, (3, 3), kernel_init=narrow)(x), self.pools_as_torch)
         x = ResidualBlock()(x)
         return ResidualBlock()(x)
 
@@ -330,8 +334,8 @@ class StudentNetwork(nn.Module):
         for channels in (16, 32, 32):
             x = ConvSequence(channels, self.pools_as_torch)(x)
         x = nn.relu(x.reshape(len(x), -1))
-        x = nn.relu(nn.Dense(self.dense_width)(x))
-        return nn.Dense(self.num_actions)(x)
+        x = nn.relu(nn.Dense(self.dense_width, kernel_init=narrow)(x))
+        return nn.Dense(self.num_actions, kernel_init=narrow)(x)
 
 
 @struct.dataclass
