@@ -297,7 +297,7 @@ def max_pool(x: Array, as_torch: bool = False) -> Array:
     return x
 
 
-# As wide as PyTorch's first weights, ±1 / √fan-in: from Flax's own, √3 times wider, a student distils more slowly.
+# Uniform within ±1 / √fan-in, as PyTorch's: from Flax's own, √3 times as wide, a student distils more slowly.
 narrow = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 

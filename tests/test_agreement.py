@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from cleanrl.utils.replay.ring import Batch
 from cleanrl.utils.weights.files import read_weights, save_weights
-from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
+from cleanrl.utils.weights.layouts import flatten, to_flax, to_torch, unflatten
 
 BATCH = 4
 
@@ -215,6 +215,19 @@ def test_networks_give_the_same_q_values(torch_pads_like_flax, name, zero_biases
 def test_without_the_same_padding_the_students_differ():
     expected, q_values = q_values_of("StudentNetwork", make_weights("StudentNetwork"), noise(8))
     assert np.abs(q_values - expected).max() > 1000 * Q_TOLERANCE * np.abs(expected).max()
+
+
+def test_students_start_with_weights_of_the_same_widths():
+    """Uniform within ±1 / √fan-in, with biases of 0 in JAX."""
+    in_torch = make_weights("StudentNetwork")
+    in_jax = to_torch(flatten(JAX.StudentNetwork(NUM_ACTIONS).init(jax.random.key(1), noise(1))))
+    assert in_torch.keys() == in_jax.keys()
+    for first_weights in in_torch, in_jax:
+        for name, weight in first_weights.items():
+            if name.endswith("weight"):
+                in_widths = weight * np.sqrt(weight[0].size)
+                assert np.abs(in_widths).max() <= 1.000001, name
+                assert in_widths.std() == pytest.approx(3**-0.5, rel=0.05), name
 
 
 # Few levels of grey, so that windows are full of ties, and below 0, so that a padding of 0 would win.
