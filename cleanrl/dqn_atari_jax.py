@@ -1,9 +1,9 @@
 """DQN (Mnih et al., 2015, "Human-level control through deep reinforcement learning") on Atari, in JAX.
 
-It learns a game from scratch: it plays ε-greedily, keeps what it saw in a replay buffer, and learns from
-that. It saves a teacher for QDagger: the network (`--save-model`) and its last play (`--save-replay`).
+It learns a game from scratch: it plays ε-greedily, stores its experience in a replay buffer, and learns from
+that. Its network can teach QDagger, as can its replay buffer (`--save-replay`).
 
-    python cleanrl/dqn_atari_jax.py --env-id BreakoutNoFrameskip-v4 --save-model
+    python cleanrl/dqn_atari_jax.py --env-id BreakoutNoFrameskip-v4
 """
 
 import sys
@@ -55,7 +55,7 @@ class Args(RunOptions):
     eval_episodes: PositiveInt = 10
     """games in each evaluation"""
     eval_frequency: NonNegativeInt = 0
-    """environment steps between evaluations, the best network of which is kept; 0: only one, at the end"""
+    """environment steps between evaluations; keeps the best network; 0: only one, at the end"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, for QDagger's --teacher-replay-path"""
 
@@ -247,7 +247,7 @@ def td_targets(rewards: Array, terminations: Array, discounts: Array, next_q_val
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
-    """Goes linearly from `start` at step 0 to `end` at step `duration` and stays there."""
+    """Linear from `start` at step 0 to `end` at step `duration` and stays there."""
     return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
 
 
@@ -267,7 +267,7 @@ class Learner:
 
 @dataclass
 class TrainState:
-    """All that a run is. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
+    """A run's whole state. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
 
     learner: Learner
     rng: np.random.Generator  # of exploration and of drawing batches
@@ -366,7 +366,7 @@ def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) 
 
 
 def train(args: Args, state: TrainState, run: TrainingRun) -> None:
-    """Plays and learns, each while the other is at work."""
+    """Plays and learns in parallel."""
     with (
         run.open_envs(args.num_envs, seed=(args.seed, TRAINING_SEED)) as envs,
         run.progress("training", state.step, args.total_timesteps, "steps") as progress,

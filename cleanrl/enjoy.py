@@ -5,7 +5,7 @@
     python cleanrl/enjoy.py runs/PongNoFrameskip-v4__dqn_atari__1__1700000000 --games 30 --json pong.json
     python cleanrl/enjoy.py random --env-id PongNoFrameskip-v4 --games 30 --json random.json
 
-PyTorch plays it or, without PyTorch, JAX, whichever of them it was trained with.
+It runs in PyTorch, or in JAX if PyTorch is missing, whichever of them trained it.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def find_agent(args: Args) -> tuple[Path | None, str]:
     env_id = args.env_id or next(reversed(GAME.findall(args.agent)), None)
     if env_id is None:
         fault = f"{shown(args.agent)} does not name its game"
-        raise SystemExit(f"error: {fault}; use --env-id, as PongNoFrameskip-v4")
+        raise SystemExit(f"error: {fault}; use --env-id, e.g. PongNoFrameskip-v4")
     count_actions(env_id)
     if args.agent == RANDOM:
         return None, env_id

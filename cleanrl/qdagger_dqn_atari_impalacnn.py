@@ -1,8 +1,8 @@
 """QDagger (Agarwal et al., 2022, "Reincarnating Reinforcement Learning") on Atari, in PyTorch.
 
-A teacher, usually a DQN, already exists. A student, an Impala-CNN, takes over what the teacher knows and
-then goes past it: (1) the teacher fills a replay buffer with its play, (2) the student learns from it
-offline, (3) the student plays and learns online while the teacher's influence fades.
+A student, an Impala-CNN, learns from an existing teacher, usually a DQN, and then outperforms it: (1) the
+teacher fills a replay buffer with its play, (2) the student learns from it offline, (3) the student plays and
+learns online while the teacher's influence fades.
 
     python cleanrl/qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4
 """
@@ -40,11 +40,11 @@ class Args(TeacherOptions):
     learning_rate: PositiveFloat = 1e-4
     """learning rate of Adam"""
     final_learning_rate: PositiveFloat | None = None
-    """learning rate at distillation coefficient 0, interpolated between (the paper: 1e-5; default: same)"""
+    """learning rate at distillation coefficient 0, linear in it (the paper: 1e-5; default: constant)"""
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
-    """decay per gradient step of the moving average of the student's weights, which plays; 0: no average"""
+    """decay per gradient step of the moving average of the student's weights, used to act; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -82,7 +82,7 @@ class Args(TeacherOptions):
     offline_eval_frequency: PositiveInt = 100_000
     """offline gradient steps between evaluations of the student; one more at the end of the phase"""
     online_eval_frequency: NonNegativeInt = 0
-    """online environment steps between evaluations of the student, the best of which is kept; 0: none"""
+    """online environment steps between evaluations of the student; keeps the best; 0: none"""
     eval_episodes: PositiveInt = 10
     """games in each evaluation of the student"""
     temperature: PositiveFloat = 1.0
@@ -334,7 +334,7 @@ class StudentNetwork(nn.Module):
 
 
 class Teacher(nn.Module):
-    """What an agent's outputs say: uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
+    """An agent's outputs as Q-values: uint8 (batch, 4, 84, 84) to Q-values (batch, num_actions)."""
 
     def __init__(self, network: nn.Module, atoms: ArrayLike, temperature: float, sampling_temperature: float):
         super().__init__()
@@ -410,14 +410,14 @@ def learning_rate(args: Args, distill_coeff: float) -> float:
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
-    """Goes linearly from `start` at step 0 to `end` at step `duration` and stays there."""
+    """Linear from `start` at step 0 to `end` at step `duration` and stays there."""
     return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
 
 
 def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
     """ε of environment steps of the online phase.
 
-    As published it has been falling since the offline phase started; with `exploration_steps` it starts now.
+    As published, it falls from the start of the offline phase; with `exploration_steps`, of the online one.
     """
     if args.exploration_steps is not None:
         return linear_schedule(args.start_e, args.end_e, args.exploration_steps, online_steps)
@@ -432,7 +432,7 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class TrainState:
-    """All that a run is. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
+    """A run's whole state. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
 
     student: StudentNetwork
     player: StudentNetwork  # the moving average of the student
@@ -616,7 +616,7 @@ def distill_coefficient(args: Args, state: TrainState, online_step: int) -> floa
 
 
 def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
-    """Phase 3: the student plays and learns, the less from the teacher the better it plays."""
+    """Phase 3: the student plays and learns, less from the teacher as it improves."""
     if state.online_step == 0:
         update_target_network(state, tau=1.0)
     with (

@@ -15,6 +15,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from cleanrl.utils.command_line import describe_options
 from cleanrl.utils.tune.__main__ import Args, main
+from cleanrl.utils.tune.results import table
 from cleanrl.utils.tune.space import parse_space
 from cleanrl.utils.tune.trials import open_study
 
@@ -47,6 +48,29 @@ def test_a_search_finds_what_is_best_and_shows_it(tmp_path):
         pytest.approx(study.best_value, abs=0.01),
     )
     assert image.imread(tmp_path / "runs" / "tune" / "pong.png").shape[1] > 700
+
+
+def test_the_table_has_finished_trials_first_and_the_best_of_them_on_top():
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr("space", {"quality": [-5, 50]})
+    for state, value in (
+        ("COMPLETE", -5.0),
+        ("PRUNED", 50.0),
+        ("COMPLETE", 0.0),
+        ("FAIL", None),
+        ("COMPLETE", 3.0),
+    ):
+        reported = {1: value} if state == "PRUNED" else {}
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState[state],
+                value=None if reported else value,
+                intermediate_values=reported,
+                params={"quality": 1},
+                distributions={"quality": IntDistribution(-5, 50)},
+            )
+        )
+    assert [line.split()[2] for line in table(study)] == ["return", "3.00", "0.00", "−5.00", "50.00", "–"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the pipe's reader or the termina
 
 def prepare_command() -> None:
     """From now on Ctrl-C ends the process with a line, for while nothing can be lost; and output that cannot
-    be written, as in `… --help | head -1` or on a closed terminal, is dropped: a run goes on without it.
+    be written, as in `… --help | head -1` or on a closed terminal, is dropped: a run continues without it.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

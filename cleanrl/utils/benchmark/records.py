@@ -119,7 +119,7 @@ class Job:
             ) from None
 
     def _save(self) -> None:
-        """If the record cannot be written it stays as it was, and the runs go on."""
+        """If the record cannot be written it stays as it was, and the runs continue."""
         record = dataclasses.replace(self.record, seconds=self.seconds)
         try:
             write_durably(self.record_path, json.dumps(dataclasses.asdict(record), indent=1).encode())

@@ -186,10 +186,10 @@ def random_return(env_id: str, return_normalization: str) -> float:
 
 
 def check_teacher_return(env_id: str, return_normalization: str, teacher_return: float) -> None:
-    """Raises SystemExit with a one-line error if λ means nothing for a teacher of that return."""
+    """Raises SystemExit with a one-line error if λ is undefined for a teacher of that return."""
     baseline = random_return(env_id, return_normalization)
     if teacher_return <= baseline:
-        fault = f"the teacher's mean return, {teacher_return:.2f}, is not above {baseline}: λ means nothing"
+        fault = f"the teacher's mean return, {teacher_return:.2f}, is not above {baseline}: λ is undefined"
         beats_random = teacher_return > random_return(env_id, "random")
         remedy = "--return-normalization random" if beats_random else "a better teacher"
         raise SystemExit(f"error: {fault}; use {remedy}")

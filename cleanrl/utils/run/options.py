@@ -75,7 +75,7 @@ class RunOptions:
     capture_video: bool = False
     """record the first game of each evaluation as mp4 in the run's folder, and show it in TensorBoard"""
     save_model: bool = True
-    """save the network at each evaluation, at the end, and when the run is stopped"""
+    """save the network: after evaluations, at the end, and when the run is stopped"""
     upload_model: bool = False
     """publish the model on the Hugging Face Hub at the end, as {hf_entity}/{env_id}-{exp_name}-seed{seed}"""
     hf_entity: str | None = None
@@ -100,7 +100,7 @@ class TeacherOptions(RunOptions):
 
     # run
     preset: Literal["quick", "paper"] | None = None
-    """other defaults: those of a first run on two CPU cores, or the paper's settings"""
+    """other defaults; quick: for a first run on two CPU cores, paper: the paper's settings"""
 
     # teacher
     teacher_policy_hf_repo: str | None = None

@@ -53,9 +53,9 @@ EVALUATION_SEED = 0  # with --seed, what the games of every evaluation start fro
 class TrainingRun:
     """A run, new or resumed, locked against other processes; a context around all of its training.
 
-    As a context it notes the signals that stop a run for `checkpoint`, and ends a run that is stopped, whose
-    environments fail, or that runs out of disk or memory, with one line and an exit status. In the first two
-    cases it keeps the network. A run that has finished loses its checkpoints and is uploaded, if it is to be.
+    As a context it records stop signals for `checkpoint`. A run that is stopped, loses an environment, or
+    runs out of disk or memory exits with one line and a status; in the first two cases its network is saved.
+    A finished run's checkpoints are deleted, and it is uploaded if requested.
 
     Args:
         args: the script's.

@@ -5,7 +5,7 @@
         --search temperature=0.02:1:log distill-weight=0.3:10:log learning-rate=1e-4:2e-3:log
 
 Each trial is a run, scored by its final evaluation and pruned by those offline. Started again, the search
-resumes, also the runs that it was stopped in. See docs/many-runs.md.
+resumes, also the runs that it was stopped in. See docs/tuning.md.
 """
 
 import importlib.util

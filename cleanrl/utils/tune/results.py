@@ -20,7 +20,9 @@ def last_value(trial: FrozenTrial) -> float | None:
 
 def table(study: optuna.Study) -> list[str]:
     """Lines: those that finished, the best first, then the others."""
-    trials = sorted(study.trials, key=lambda trial: (-(trial.value or -1e9), trial.number))
+    finished = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    others = [trial for trial in study.trials if trial.state != TrialState.COMPLETE]
+    trials = sorted(finished, key=lambda trial: trial.value, reverse=True) + others
     rows = [["trial", "state", "return", *study.user_attrs["space"]]]
     for trial in trials:
         value = last_value(trial)
