@@ -187,6 +187,19 @@ def test_a_resumed_run_adds_to_the_rows_that_are_saved(writer, folder):
     assert_restored(saved, "replay", replay, stream)
 
 
+def test_a_full_buffer_that_is_resumed_as_a_larger_one_can_be_saved_again(writer, folder):
+    """As when a resumed run gets more --total-timesteps."""
+    stream = Stream(2, 60, 0.1)
+    replay = filled(new_replay(20), stream)
+    saved, larger = save(writer, replay=replay), new_replay(35)
+    for _ in range(2):
+        saved.restore_replay("replay", larger)
+        saved = save(CheckpointWriter(folder, resumed=saved), replay=larger)
+    batch = draw_everything(larger)
+    assert set(keys_of(batch)) >= set(keys_of(draw_everything(replay)))
+    assert_transitions(batch, stream, keys_of(batch))
+
+
 def test_a_finished_run_has_no_checkpoints(writer, folder):
     save(writer)
     writer.remove_all()
@@ -294,7 +307,7 @@ def test_a_checkpoint_of_version_1_is_refused_in_a_line_that_says_what_to_do(two
     for path in manifests(two_checkpoints):
         write_manifest(path, {"version": 1, "state": FileEntry("state-000001.zst", "0" * 64)})
     line = (
-        f"error: --resume {two_checkpoints}: checkpoint-000002.json has version 1, not 2; finish the run with"
+        f"error: --resume {two_checkpoints}: checkpoint-000002.json has version 1, not 3; finish the run with"
         " the version that started it, or start again without --resume"
     )
     for read in (newest_checkpoint, saved_options):
@@ -377,6 +390,8 @@ def test_numbers_beyond_six_digits_are_newer(folder, writer):
         ("event_files", ["events.out.tfevents.1"]),
         ("state", ["../state.zst", "0" * 64]),
         ("options", ["seed"]),
+        ("replays", {"replay": {"capacity": -1, "oldest": [0], "heads": [0], "files": []}}),
+        ("replays", {"replay": {"capacity": "9", "oldest": [0], "heads": [0], "files": []}}),
     ],
 )
 def test_a_manifest_with_other_places_in_it_is_passed_over(two_checkpoints, capsys, part, value):

@@ -208,9 +208,14 @@ def test_qdagger_trains_offline_on_the_replay_without_the_teacher_playing_and_wi
         assert np.isfinite(curves[tag]).all()
 
 
-@pytest.mark.parametrize("phase", ["teacher", "offline", "online"])
-def test_a_resumed_run_needs_the_replay_only_until_it_has_taken_it_in(pong, tmp_path, monkeypatch, phase):
-    """It may then be gone; before, it may be at another place. The run ends with the bits of another one."""
+@pytest.mark.parametrize(
+    ("phase", "is_full"), [("teacher", False), ("offline", False), ("offline", True), ("online", False)]
+)
+def test_a_resumed_run_needs_the_replay_only_until_it_has_taken_it_in(
+    pong, saved, tmp_path, monkeypatch, phase, is_full
+):
+    """It may then be gone; before, it may be at another place. The run ends with the bits of another one,
+    though it is resumed twice, and also where the rings of the replay were full."""
     simplify(monkeypatch, TORCH)
     checkpoint = TrainingRun.checkpoint
 
@@ -222,17 +227,21 @@ def test_a_resumed_run_needs_the_replay_only_until_it_has_taken_it_in(pong, tmp_
     def start(folder: str, *options: str) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        monkeypatch.setattr(sys, "argv", [TORCH.__file__, *tiny_options(name_of(TORCH)), *options])
+        words = [*tiny_options(name_of(TORCH)), "--buffer-size", "1000", *options]
+        monkeypatch.setattr(sys, "argv", [TORCH.__file__, *words])
         TORCH.main(TORCH.read_arguments(TORCH.Args))
 
-    shutil.copytree(pong, tmp_path / "replay")
+    shutil.copytree(saved(TorchFrames, LONG)[0] if is_full else pong, tmp_path / "replay")
     replay = "--teacher-replay-path", str(tmp_path / "replay")
     start("calm", *replay)
     monkeypatch.setattr(TrainingRun, "checkpoint", stop_in_phase)
     with pytest.raises(SystemExit, match="143"):
         start("stopped", *replay)
-    monkeypatch.setattr(TrainingRun, "checkpoint", checkpoint)
     (tmp_path / "replay").rename(tmp_path / "elsewhere")
+    if phase != "teacher":
+        with pytest.raises(SystemExit, match="143"):
+            start("stopped", "--resume", "auto")
+    monkeypatch.setattr(TrainingRun, "checkpoint", checkpoint)
     if phase == "teacher":
         with pytest.raises(SystemExit, match="replay is not a folder"):
             start("stopped", "--resume", "auto")

@@ -32,7 +32,7 @@ from cleanrl.utils.storage import (
     write_tree,
 )
 
-VERSION = 2
+VERSION = 3
 NUM_KEPT = 2
 
 
@@ -51,8 +51,9 @@ class RowsFile:
 
 @dataclass
 class SavedRows:
-    """A replay buffer in a checkpoint: of every ring the positions `oldest` to `heads`."""
+    """A replay buffer of that capacity in a checkpoint: of every ring the positions `oldest` to `heads`."""
 
+    capacity: int
     oldest: list[int]
     heads: list[int]
     files: list[RowsFile]
@@ -84,7 +85,8 @@ class Checkpoint:
             }
             names = [*self.event_files, *(entry.name for entry in self.files())]
             is_plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)  # not a path
-            sizes_are_sizes = all(isinstance(size, int) and size >= 0 for size in self.event_files.values())
+            sizes = [*self.event_files.values(), *(saved.capacity for saved in self.replays.values())]
+            sizes_are_sizes = all(isinstance(size, int) and size >= 0 for size in sizes)
             if not (is_plain and sizes_are_sizes and isinstance(self.options, dict)):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
@@ -116,9 +118,8 @@ class Checkpoint:
             games, mean_returns = saved["games"], saved.get("mean_returns", {})
             if games is not None:
                 seed, states = games
-                if not isinstance(seed, list) or len(states) != num_envs:
-                    raise TypeError
-                if any(own.keys() != {"env", "observation"} for own in states):
+                is_of_run = isinstance(seed, list) and len(states) == num_envs
+                if not is_of_run or any(own.keys() != {"env", "observation"} for own in states):
                     raise TypeError
             if not is_number_of_a_run(list(mean_returns.values()), list[float]):
                 raise TypeError
@@ -202,13 +203,13 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
 
 
 def replay_sizes(run_folder: Path) -> dict[str, tuple[int, int]]:
-    """Frames and environments of every replay buffer in a run's checkpoints, by the names of its fields."""
+    """Capacity and environments of every replay buffer in a run's checkpoints, by the names of its fields."""
     sizes: dict[str, tuple[int, int]] = {}
     for path in manifests(run_folder) if is_folder(run_folder) else ():
         with suppress(DamagedError):
             for name, saved in Checkpoint(path).replays.items():
-                oldest, heads = check_range(saved.oldest, saved.heads)
-                sizes.setdefault(name, (len(heads) * int((heads - oldest + 1).max()), len(heads)))
+                _, heads = check_range(saved.oldest, saved.heads)
+                sizes.setdefault(name, (saved.capacity, len(heads)))
     return sizes
 
 
@@ -278,18 +279,18 @@ class CheckpointWriter:
         oldest, heads = held_positions(replay)
         first, files = oldest, []
         if before := self._replays.get(name):
-            # The newest row of last time had no action yet: it is written again.
-            first = np.maximum(oldest, before.heads)
+            oldest = np.maximum(oldest, before.oldest)  # a buffer that has become larger had no more rows
+            first = np.maximum(oldest, before.heads)  # the newest row had no action yet: it comes again
             files = [file for file in before.files if (np.array(file.last) >= oldest).any()]
             if (heads == before.heads).all():
-                return SavedRows(oldest.tolist(), heads.tolist(), files)
+                first = heads + 1
         for rows in rows_between(replay, first, heads):
             last = np.full(len(heads), -1)
             np.maximum.at(last, rows["envs"], rows["positions"])
             entry = write_tree(self.folder / f"rows-{self._rows_number:06d}.zst", rows)
             self._rows_number += 1
             files.append(RowsFile(*entry, last.tolist()))
-        return SavedRows(oldest.tolist(), heads.tolist(), files)
+        return SavedRows(replay.capacity, oldest.tolist(), heads.tolist(), files)
 
     def _remove_what_is_not_needed(self) -> None:
         needed, kept = set(), 0
