@@ -243,7 +243,7 @@ def td_targets(rewards: Tensor, terminations: Tensor, discounts: Tensor, next_q_
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
-    """Linear from `start` at step 0 to `end` at step `duration` and stays there."""
+    """Linear from `start` at step 0 to `end` at step `duration`, then constant."""
     return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
 
 
@@ -413,7 +413,7 @@ def main(args: Args) -> None:
     num_actions = count_actions(args.env_id)
     device = choose_device(args)
     if args.save_replay:
-        check_new_folder(args.save_replay)
+        check_new_folder(args.save_replay, args.resume)
     state = create_train_state(args, num_actions, device)
 
     with TrainingRun(args, Path(__file__), state, make_env, model="q_network", charts=DQN_CHARTS) as run:
@@ -422,7 +422,7 @@ def main(args: Args) -> None:
         q_values = partial(compute_q_values, state.q_network)
         run.finish(run.play("final", q_values, args.eval_episodes, state.step))
         if args.save_replay:
-            save_replay(args.save_replay, state.replay, args.env_id, num_actions)
+            save_replay(args.save_replay, state.replay, args.env_id, num_actions, run.folder.name)
 
 
 if __name__ == "__main__":

@@ -430,7 +430,7 @@ def learning_rate(args: Args, distill_coeff: float) -> float:
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
-    """Linear from `start` at step 0 to `end` at step `duration` and stays there."""
+    """Linear from `start` at step 0 to `end` at step `duration`, then constant."""
     return start + (end - start) * np.minimum(np.divide(step, max(duration, 1)), 1.0)
 
 

@@ -204,7 +204,7 @@ def save(folder: Path, replay: ReplayBuffer, rows_per_file: int = 17) -> None:
     """Saves it as a replay of Pong, in many files."""
     many_files = partial(saved_replay.rows_between, rows_per_file=rows_per_file)
     with mock.patch.object(saved_replay, "rows_between", many_files):
-        saved_replay.save_replay(folder, replay, PONG, NUM_ACTIONS)
+        saved_replay.save_replay(folder, replay, PONG, NUM_ACTIONS, "saved-it")
 
 
 def load(

@@ -19,7 +19,7 @@ NUM_ROWS, BYTES_PER_FILE = NUM_FILES * ROWS_PER_FILE, ROWS_PER_FILE * 84 * 84
 
 def saving(folder: Path) -> Callable[[], None]:
     saved_replay.rows_between = partial(saved_replay.rows_between, rows_per_file=ROWS_PER_FILE)
-    return partial(saved_replay.save_replay, folder, full_replay(NUM_ROWS), PONG, NUM_ACTIONS)
+    return partial(saved_replay.save_replay, folder, full_replay(NUM_ROWS), PONG, NUM_ACTIONS, "a run")
 
 
 def loading(folder: Path) -> Callable[[], None]:

@@ -126,10 +126,18 @@ def test_a_full_disk_leaves_a_folder_without_a_manifest_in_which_the_resumed_run
     assert f"--save-replay {tmp_path}: No space left on device; free some space" in line
     assert len(rows_files(tmp_path)) == 1
     assert "has no manifest.json" in refusal(read_all, tmp_path)
-    check_new_folder(tmp_path)
+    check_new_folder(tmp_path, None)
     save(tmp_path, full_replay(ROWS_PER_FILE), ROWS_PER_FILE)
     read_all(tmp_path)
-    assert "is not empty; name a new folder" in refusal(check_new_folder, tmp_path)
+
+
+def test_only_the_resumed_run_that_saved_a_whole_replay_may_save_it_again(replay):
+    (replay / "manifest.json.partial").touch()
+    check_new_folder(replay, "runs/saved-it")
+    for other in (None, "runs/another"):
+        assert "is not empty; name a new folder" in refusal(check_new_folder, replay, other)
+    (replay / "notes.txt").touch()
+    assert "is not empty; name a new folder" in refusal(check_new_folder, replay, "runs/saved-it")
 
 
 def test_a_missing_rows_file_is_named(replay):
@@ -395,5 +403,5 @@ def test_a_folder_that_is_not_a_new_one_is_refused_before_the_training(dqn, tmp_
 def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path):
     folder = tmp_path / "some" / "new" / "folder"
     for _ in range(2):
-        check_new_folder(folder)
+        check_new_folder(folder, None)
         assert list(folder.iterdir()) == []

@@ -5,6 +5,7 @@ A manifest is written last: without it the folder is not whole.
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ class SavedReplay:
     """A folder that `save_replay` wrote."""
 
     folder: Path
-    num_actions: int
     oldest: np.ndarray  # int64 (num_envs,): the first position of every ring,
     heads: np.ndarray  # and the last, which is that of an observation without an action
     files: list[FileEntry]
@@ -66,16 +66,26 @@ class SavedReplay:
             raise SystemExit(f"error: {self.folder}: {fault}; save or copy the replay again") from None
 
 
-def check_new_folder(folder: Path) -> None:
+def check_new_folder(folder: Path, resumed: str | None) -> None:
     """Ensures before the training that a replay can be saved there after it.
+
+    Args:
+        folder: may have what an interrupted run has saved of its replay.
+        resumed: the folder of the run that is resumed, if one is; it may have saved all of it.
 
     Raises:
         SystemExit: with a one-line error, if the folder is not empty or cannot be written to.
     """
+
+    def is_own(path: Path) -> bool:
+        if path.name == MANIFEST and resumed:
+            with suppress(DamagedError):
+                return read_manifest(path).get("run") == Path(resumed).name
+        return path.name.startswith("rows-") or path.name == f"{MANIFEST}.partial"
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A run that could not save all of it and was resumed finds its own files.
-        if any(not path.name.startswith("rows-") for path in folder.iterdir()):
+        if not all(is_own(path) for path in folder.iterdir()):
             raise SystemExit(f"error: --save-replay {folder} is not empty; name a new folder")
         probe = folder / "probe"
         probe.touch()
@@ -84,8 +94,8 @@ def check_new_folder(folder: Path) -> None:
         raise SystemExit(f"error: --save-replay {folder}: {error.strerror}; name another folder") from None
 
 
-def save_replay(folder: Path, replay: ReplayBuffer, env_id: str, num_actions: int) -> None:
-    """Saves all that a replay buffer holds, one file's rows in memory at a time.
+def save_replay(folder: Path, replay: ReplayBuffer, env_id: str, num_actions: int, run: str) -> None:
+    """Saves all that a replay buffer of the run with that name holds, one file's rows in memory at a time.
 
     Raises:
         SystemExit: with a one-line error, for example if the disk is full.
@@ -101,6 +111,7 @@ def save_replay(folder: Path, replay: ReplayBuffer, env_id: str, num_actions: in
             "version": VERSION,
             "env_id": env_id,
             "num_actions": num_actions,
+            "run": run,
             "oldest": oldest.tolist(),
             "heads": heads.tolist(),
             "files": files,
@@ -138,7 +149,7 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
             )
         oldest, heads = check_range(content["oldest"], content["heads"])
         files = [FileEntry(*entry) for entry in content["files"]]
-        saved = SavedReplay(folder, num_actions, oldest, heads, files)
+        saved = SavedReplay(folder, oldest, heads, files)
         if not all(FILE_NAME.fullmatch(entry.name) for entry in files):
             raise ValueError
     except DamagedError as fault:
