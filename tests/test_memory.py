@@ -1,6 +1,7 @@
 """Where the replay buffer goes, and what is said if it fits nowhere."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from large_replay import MadeFrames
@@ -166,12 +167,52 @@ def test_the_size_that_is_advised_fits(place, monkeypatch):
     assert place_replay_buffer("auto", advised, 7000 * advised, num_workers=2, free_gpu=None) == "cpu"
 
 
-def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
-    limit, usage = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "CGROUP_FILES", [(str(limit), str(usage))])
-    unlimited = memory.available_host_memory()
-    limit.write_text("max\n")
-    usage.write_text("1000\n")
-    assert memory.available_host_memory() == pytest.approx(unlimited, rel=0.2)
-    limit.write_text("5000\n")
-    assert memory.available_host_memory() == 4000
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch):
+    """The folder of control groups, with this process in the ones that are given."""
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+
+    def limit(own: str, folder: str, version: int, limit: str, usage: int, cached: int) -> int:
+        (tmp_path / "own").write_text(own)
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        names = {
+            1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            2: ("memory.max", "memory.current", "inactive_file"),
+        }[version]
+        contents = (f"{limit}\n", f"{usage}\n", f"anon 1\n{names[2]} {cached}\n")
+        for name, content in zip((*names[:2], "memory.stat"), contents, strict=True):
+            (tmp_path / folder / name).write_text(content)
+        return memory.available_host_memory()
+
+    return limit
+
+
+def test_the_limit_of_a_container_counts(control_groups):
+    assert control_groups("0::/\n", "", 2, "max", 1000, 0) == 100_000
+    assert control_groups("0::/\n", "", 2, "5000", 1000, 0) == 4000
+    assert control_groups("0::/\n", "", 2, "5000", 6000, 0) == 0
+
+
+def test_cached_files_count_as_free(control_groups):
+    assert control_groups("0::/\n", "", 2, "5000", 4500, 4000) == 4500
+
+
+@pytest.mark.parametrize(
+    ("own", "version", "place"),
+    [
+        ("0::/slurm/job_1/step_0\n", 2, "slurm/job_1"),
+        ("5:cpu:/\n4:memory:/slurm/job_1/step_0\n", 1, "memory/slurm/job_1"),
+        ("4:memory:/docker/1\n", 1, "memory"),  # which is all that a container sees
+    ],
+)
+def test_the_limit_of_a_batch_job_counts(control_groups, own, version, place):
+    assert control_groups(own, f"{place}_2", version, "2000", 1000, 0) == 100_000  # of another job
+    assert control_groups(own, place, version, "5000", 1000, 500) == 4500
+
+
+def test_without_control_groups_the_machines_memory_counts(control_groups, tmp_path):
+    control_groups("0::/\n", "", 2, "5000", 1000, 0)
+    (tmp_path / "own").unlink()
+    assert memory.available_host_memory() == 100_000

@@ -1,7 +1,9 @@
 """How much memory the replay buffers take, whether there is that much, and where they lie."""
 
 import math
+from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from cleanrl.utils.run.checkpoint import replay_sizes
 
 # What a run takes beside its replay buffer, measured and rounded up.
 PROCESS_BYTES, WORKER_BYTES, GPU_BYTES = 1_500_000_000, 150_000_000, 2_000_000_000
-CGROUP_FILES = [  # (limit, usage) of a container or a batch job: version 2, version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_FILES = [  # limit, usage, and the file cache in it, a line of memory.stat: version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
 SLOTS_PER_STEP = 1.1  # the observation that ends an episode has a slot too
 
@@ -95,15 +98,29 @@ def _plan(
 
 
 def available_host_memory() -> int:
-    """Bytes this process can still take: what the machine has, or less if its control group allows less."""
+    """Bytes this process can still take: what the machine has, or less if a control group allows less."""
     available = psutil.virtual_memory().available
-    for limit_file, usage_file in CGROUP_FILES:
+    for group, (limit_file, usage_file, cached) in product(_control_groups(), CGROUP_FILES):
         try:
-            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
-            available = min(available, max(int(limit) - int(usage), 0))
-        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            limit, usage = int((group / limit_file).read_text()), int((group / usage_file).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Cached files give way to what the process takes.
+            available = min(available, max(limit - usage + int(stat[cached]), 0))
+        except (OSError, ValueError, KeyError):  # no such control group, or no limit ("max")
             continue
     return available
+
+
+def _control_groups() -> list[Path]:
+    """Folders of the control groups of this process, as of a container or batch job, and of those around."""
+    groups = []
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():  # as 4:memory:/slurm/job_1, or 0::/ of version 2
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS / controllers
+            group = root / path.lstrip("/")
+            groups += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return groups
 
 
 def gigabytes(num_bytes: float) -> str:
