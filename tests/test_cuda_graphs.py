@@ -1,8 +1,10 @@
 """Gradient steps and acting as CUDA graphs, simulated on a CPU, against calls that are not captured."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from cleanrl.utils.storage import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_ENVS, NUM_STEPS = 2, 16
+CUDA_GRAPH = gpu_torch.CudaGraph  # which the tests replace
 SCRIPTS = pytest.mark.parametrize("script", [TORCH, DQN_TORCH], ids=["qdagger", "dqn"])
 
 
@@ -217,6 +220,46 @@ def test_a_capture_that_fails_costs_one_warning_and_no_bit(monkeypatch, capsys, 
     assert operation in warning
     assert not nothing
     assert not gpu_torch.OneLaunch.enabled
+
+
+def test_the_reason_of_a_failed_capture_is_told_and_its_stream_is_left(monkeypatch):
+    """CUDA then refuses to end the capture, before `torch.cuda.graph` has left the stream."""
+    main, side = mock.Mock(), mock.Mock()
+    current = [main]
+
+    @contextmanager
+    def stream(entered: mock.Mock) -> Iterator[None]:
+        before, current[0] = current[0], entered
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Capture:
+        def __init__(self, graph: Any, stream: mock.Mock):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            current[0] = self.stream
+
+        def __exit__(self, *of_exception: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stubs = {
+        "stream": stream,
+        "graph": Capture,
+        "CUDAGraph": mock.Mock(),
+        "current_stream": lambda: current[0],
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(gpu_torch, "capture_stream", lambda: side)
+    call = mock.Mock(side_effect=[1, 2, 3, RuntimeError("operation not permitted: nonzero\nCUDA says more")])
+    graph = CUDA_GRAPH(call)
+    assert [graph() for _ in range(gpu_torch.WARM_UP_CALLS)] == [1, 2, 3]
+    with pytest.raises(gpu_torch.CaptureError, match=r"^operation not permitted: nonzero$"):
+        graph()
+    assert current == [main]
 
 
 @SCRIPTS

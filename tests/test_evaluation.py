@@ -71,6 +71,20 @@ def test_whole_games_of_every_environment_count_and_short_ones_are_not_favoured(
     assert max(expected) > 19  # longer than any single life: both were counted
 
 
+def test_the_number_of_observations_only_falls_whatever_is_played_at_random():
+    """For on a GPU each number needs a graph of its own."""
+    numbers = []
+
+    def counting(observations: np.ndarray) -> np.ndarray:
+        numbers.append(len(observations))
+        return prefer_one(observations)
+
+    evaluate(CountingGame, counting, episodes=20, seed=5, epsilon=0.3)
+    assert numbers[0] == 16
+    assert len(set(numbers)) > 3
+    assert numbers == sorted(numbers, reverse=True)
+
+
 def test_the_same_seed_gives_the_same_games_and_another_seed_others():
     play = partial(evaluate, CountingGame, prefer_one, episodes=20, epsilon=0.5)
     assert play(seed=1) == play(seed=1)

@@ -51,7 +51,7 @@ def evaluate(
     Args:
         make_env: makes an environment; takes the keywords `max_game_frames` and `video_folder`, and reports a
             finished game as `ParallelEnvs` describes. Must be picklable.
-        q_values: from observations (n, *observation_shape) to Q-values (n, actions); n varies.
+        q_values: from observations (n, *observation_shape) to Q-values (n, actions); n falls as games end.
         seed: of the environments and of the exploration.
         epsilon: the probability of a random action.
         max_game_frames: a game ends after this many emulator frames and counts with its return so far.
@@ -78,7 +78,9 @@ def evaluate(
             actions = rng.integers(envs.action_space.n, size=num_envs)
             greedy = playing & (rng.random(num_envs) >= epsilon)
             if greedy.any():
-                values = acting_values(rng, q_values(observations[greedy]), sampling_temperature)
+                # Of all that play, since on a GPU another number of them needs another graph.
+                players_values = q_values(observations[playing])[greedy[playing]]
+                values = acting_values(rng, players_values, sampling_temperature)
                 actions[greedy] = values.argmax(axis=1)
             envs.step_async(np.where(playing, actions, IDLE))
             step = envs.step_wait()

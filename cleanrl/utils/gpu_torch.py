@@ -50,13 +50,19 @@ class CaptureError(Exception):
     """Why a function cannot be captured."""
 
 
+@functools.cache
+def capture_stream() -> "torch.cuda.Stream":
+    """The stream of all captures: libraries keep memory for each stream that they are used on."""
+    return torch.cuda.Stream()
+
+
 class CudaGraph:
     """A call without arguments. After a few calls its kernels are captured, and then launched all at once."""
 
     def __init__(self, call: Callable[[], Any]):
         self.call, self.num_calls = call, 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream()
+        self.stream = capture_stream()
 
     def __call__(self) -> Any:
         if self.graph is None:
@@ -70,10 +76,11 @@ class CudaGraph:
                 return result
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, stream=self.stream):  # computes nothing
-                    self.result = self.call()
+                # Where a capture fails, so does its end, which leaves its stream current.
+                with torch.cuda.stream(current), torch.cuda.graph(graph, stream=self.stream):
+                    self.result = self.call()  # computes nothing
             except RuntimeError as error:
-                raise CaptureError(str(error).partition("\n")[0]) from error
+                raise CaptureError(str(error.__context__ or error).partition("\n")[0]) from error
             self.graph = graph
         self.graph.replay()
         return self.result
@@ -105,7 +112,7 @@ class OneLaunch:
         key = [(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         if not _is_same(key, self.key):
             self.key = key
-            self.inputs = torch.empty_like(_pack(arrays, device), device=device)
+            self.inputs = torch.empty(_starts(arrays)[-1], dtype=torch.uint8, device=device)
             tensors = iter(_unpack(self.inputs, arrays))
             self.graph = CudaGraph(functools.partial(self.function, *_replaced(arguments, tensors)))
         self.inputs.copy_(_pack(arrays, device), non_blocking=True)
