@@ -1,12 +1,16 @@
 """--upload-model with the real huggingface_hub client, against a local server that keeps what arrives."""
 
+import dataclasses
 import html
 import re
+import shlex
 import shutil
+import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,8 @@ from hub_server import ROOT, UploadServer, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl import dqn_atari, dqn_atari_jax
-from cleanrl.utils.command_line import check_arguments
+from cleanrl import qdagger_dqn_atari_impalacnn as qdagger
+from cleanrl.utils.command_line import check_arguments, parse_arguments
 from cleanrl.utils.hub.card import as_text, command_line
 
 NAME = "PongNoFrameskip-v4-mine-seed3"
@@ -293,3 +298,14 @@ def test_the_command_line_leaves_out_defaults():
     expected = "python cleanrl/dqn_atari_jax.py --seed 2 --no-save-model --save-replay 'my replay'"
     assert command_line(args, script) == expected
     assert command_line(dqn_atari_jax.Args(), script) == "python cleanrl/dqn_atari_jax.py"
+
+
+def test_the_command_line_has_a_presets_options_and_those_that_overrode_it(monkeypatch):
+    def read(*words: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [qdagger.__file__, *words])
+        return parse_arguments(qdagger.Args, qdagger.PRESETS)
+
+    args = read("--preset", "quick", "--learning-rate", "1e-4", "--temperature", "1.0", "--seed", "2")
+    assert (args.learning_rate, args.temperature, args.total_timesteps) == (1e-4, 1.0, 40_000)
+    _, _, *words = shlex.split(command_line(args, Path(qdagger.__file__)))
+    assert read(*words) == dataclasses.replace(args, preset=None)

@@ -126,11 +126,12 @@ def read_card(folder: Path) -> Card:
 
 
 def command_line(args: Any, script: Path) -> str:
-    """The command that starts such a run; options that have their defaults are left out."""
+    """The command that starts such a run, without options that have their defaults."""
     words = ["python", f"cleanrl/{script.name}"]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if value == field.default or field.name in ("resume", "upload_model", "hf_entity"):
+        # A preset's options are listed one by one: it would override those that have their defaults again.
+        if value == field.default or field.name in ("preset", "resume", "upload_model", "hf_entity"):
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
