@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import optuna
 import pytest
@@ -14,6 +16,8 @@ from matplotlib import image
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cleanrl.utils.command_line import describe_options
+from cleanrl.utils.report.events import UnusableError
+from cleanrl.utils.tune import trials
 from cleanrl.utils.tune.__main__ import Args, main
 from cleanrl.utils.tune.results import table
 from cleanrl.utils.tune.space import parse_space
@@ -71,6 +75,25 @@ def test_the_table_has_finished_trials_first_and_the_best_of_them_on_top():
             )
         )
     assert [line.split()[2] for line in table(study)] == ["return", "3.00", "0.00", "−5.00", "50.00", "–"]
+
+
+def test_event_files_that_take_long_to_read_are_seldom_read_but_always_at_the_end(monkeypatch):
+    readings = []
+
+    def slow_reading(files: list, faults: list) -> None:
+        readings.append(time.sleep(0.05))
+        raise UnusableError
+
+    monkeypatch.setattr(trials, "read_curves", slow_reading)
+    job = mock.MagicMock()
+    job.record.state = "stopped"
+    runner = SimpleNamespace(running={job: None}, waiting=[])
+    attempt = trials.Attempt(mock.Mock(), job)
+    assert not any(attempt.follow(runner) for _ in range(20))
+    assert len(readings) == 1
+    runner.running.clear()
+    assert attempt.follow(runner)
+    assert len(readings) == 2
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from cleanrl.utils.run.folders import event_files
 from cleanrl.utils.signals import StopSignals
 
 RECORDS = Path("runs") / "tune"
+READING_INTERVAL = 50  # times what it takes to read a run's event files, which grow to megabytes
 
 
 @contextmanager
@@ -67,17 +69,23 @@ class Attempt:
     job: Job
     num_reported: int = 0  # evaluations
     is_pruned: bool = False
+    next_reading: float = 0.0  # time.monotonic() from which on to read the event files again
 
     def follow(self, runner: LocalRunner) -> bool:
         """Reports new evaluations offline; stops the run if others did better; returns whether it ended."""
+        is_active = self.job in runner.running or self.job in runner.waiting
+        start_time = time.monotonic()
+        if is_active and start_time < self.next_reading:
+            return False
         evaluations, final_returns = self._returns()
+        self.next_reading = start_time + READING_INTERVAL * (time.monotonic() - start_time)
         for step, mean_return in evaluations[self.num_reported :]:
             self.trial.report(mean_return, step)
             self.num_reported += 1
             if not self.is_pruned and self.job in runner.running and self.trial.should_prune():
                 self.is_pruned = True
                 runner.running[self.job].stop(runner.grace_s)
-        if self.job in runner.running or self.job in runner.waiting:
+        if is_active:
             return False
         state = self.job.record.state
         if state == "done" and final_returns:
