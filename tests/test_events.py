@@ -37,7 +37,7 @@ def test_points_are_read_back(tmp_path):
     for step, value in enumerate([0.5, np.float32(1.5), torch.tensor(-2.0), 3]):
         writer.add_scalar("charts/a", value, 10 * step)
     writer.add_scalar("charts/b", float("nan"), 7)
-    writer.close()
+    writer.flush()
     assert points(tmp_path, "charts/a") == [(0, 0.5), (10, 1.5), (20, -2.0), (30, 3.0)]
     assert [step for step, _ in points(tmp_path, "charts/b")] == [7]
 
@@ -45,7 +45,7 @@ def test_points_are_read_back(tmp_path):
 def test_options_are_a_table(tmp_path):
     writer = EventWriter(tmp_path)
     writer.add_options({"seed": 1, "env_id": "Pong"}, [])
-    writer.close()
+    writer.flush()
     accumulator = read(tmp_path)
     assert "hyperparameters/text_summary" in accumulator.Tags()["tensors"]
     assert accumulator.SummaryMetadata("hyperparameters/text_summary").plugin_data.plugin_name == "text"
@@ -80,7 +80,7 @@ def test_tensorboard_shows_the_charts_of_the_layout_and_the_animation(tmp_path, 
     Image.new("RGB", (8, 6)).save(gif, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "red")])
     monkeypatch.setattr(events, "animate", {"game.mp4": Animation(gif.getvalue(), 8, 6)}.get)
     writer.add_video("videos/final", "game.mp4", step=40)
-    writer.close()
+    writer.flush()
 
     server = TensorBoard()
     server.configure(logdir=str(tmp_path), host="127.0.0.1", port=0, load_fast="false")
@@ -139,7 +139,7 @@ def test_two_files_of_a_run_are_one_curve(tmp_path):
         writer = EventWriter(tmp_path)
         for step in steps:
             writer.add_scalar("a", step, step)
-        writer.close()
+        writer.flush()
     assert points(tmp_path, "a") == [(step, step) for step in range(6)]
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys, re
         left[0] = 0
         writer.flush()
     writer.add_scalar("a", 6, 6)
-    writer.close()
+    writer.flush()
     assert points(tmp_path, "a") == [(step, step) for step in range(7)]
 
 
@@ -197,7 +197,7 @@ def test_a_disk_that_becomes_read_only_loses_and_doubles_nothing(tmp_path, monke
         assert not writer.flush()
     assert capsys.readouterr().err.count("Read-only file system") == 2
     assert writer.path.stat().st_size > size
-    writer.close()
+    writer.flush()
     assert points(tmp_path, "a") == [(0, 0), (1, 1)]
 
 
@@ -205,5 +205,5 @@ def test_the_mirror_sees_every_point(tmp_path):
     mirror = mock.Mock()
     writer = EventWriter(tmp_path, mirror)
     writer.add_scalar("a", np.float32(0.5), 3)
-    writer.close()
+    writer.flush()
     assert mirror.method_calls == [mock.call.add_scalar("a", 0.5, 3)]

@@ -37,7 +37,7 @@ def test_a_resumed_run_is_its_files_together(tmp_path):
             writer.add_scalar(EPISODIC_RETURN, step / 8, step)
         if steps[0] == 30:
             writer.add_scalar(EVALUATION_RETURN, 3, 0)
-        writer.close()
+        writer.flush()
     assert len(list(run.glob("events.*"))) == 2
     found = read_run(run, include_unfinished=False)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()

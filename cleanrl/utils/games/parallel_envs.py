@@ -201,15 +201,11 @@ class ParallelEnvs:
         observations = self._arrays[0].copy()
         return [{"env": states[index], "observation": observations[index]} for index in range(self.num_envs)]
 
-    def set_states(self, states: list[dict[str, Any]]) -> np.ndarray:
-        """Brings every environment into a state that `get_states` gave.
-
-        Returns the observations (N, *observation_shape) of that moment.
-        """
+    def set_states(self, states: list[dict[str, Any]]) -> None:
+        """Brings every environment into a state that `get_states` gave."""
         self._send("set_states", states)
         self._receive()
         self.observations = self._arrays[0].copy()
-        return self.observations
 
     def step_async(self, actions: np.ndarray) -> None:
         """Starts a step of every environment, without waiting, with `actions`, integers (N,)."""

@@ -139,9 +139,6 @@ class EventWriter:
         self._pending.clear()
         return True
 
-    def close(self) -> None:
-        self.flush()
-
     def _add(self, **content: Any) -> None:
         self._pending.append(Event(wall_time=time.time(), **content).SerializeToString())
         if time.monotonic() >= self._next_flush_time:

@@ -59,7 +59,7 @@ class RunOptions:
     seed: Seed = 1
     """seed of the experiment; on a CPU the same seed gives the same bits"""
     torch_deterministic: bool = True
-    """use only deterministic algorithms on a GPU"""
+    """use only deterministic algorithms of cuDNN (PyTorch) or XLA (JAX) on a GPU"""
     cuda: bool = True
     """train on the GPU if there is one"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -143,7 +143,7 @@ class TrainingRun:
             exception = error
         finally:
             self._signals.__exit__()
-            self.writer.close()
+            self.writer.flush()
             how_to_resume = "there is no checkpoint"
             if manifests(self.folder):
                 how_to_resume = f"resume it with --resume {self.folder}"
@@ -163,7 +163,7 @@ class TrainingRun:
         if self.args.upload_model:
             repo_id = f"{self.args.hf_entity}/{repo_name(self.args)}"
             write_card(self.folder, repo_id, self.args, self.script, self._final_returns)
-        self.writer.close()
+        self.writer.flush()
         if self._tracker:
             model = self.folder / f"{self.args.exp_name}.cleanrl_model"
             self._tracker.finish(self._final_returns, model if self.args.save_model else None)
@@ -258,8 +258,8 @@ class TrainingRun:
     def plot(self, values: dict[str, Any], step: int) -> None:
         """Adds a point at `step` to each curve, by its tag in `charts.TAGS`.
 
-        Values may be on a device still. They are read when the next ones come or a checkpoint is made: the
-        device is not waited for. A loss that is not finite then ends the run.
+        Values may be on a device still. They are read when the next ones come or a checkpoint is made, and
+        the device has long computed them. A loss that is not finite then ends the run.
 
         Raises:
             SystemExit: with a one-line error, for a loss that is not finite.
