@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ def test_a_search_finds_what_is_best_and_shows_it(tmp_path):
 
 def test_the_table_has_finished_trials_first_and_the_best_of_them_on_top():
     study = optuna.create_study(direction="maximize")
-    study.set_user_attr("space", {"quality": [-5, 50]})
+    study.set_user_attr("search", {"quality": [-5, 50]})
     for state, value in (
         ("COMPLETE", -5.0),
         ("PRUNED", 50.0),
@@ -147,6 +148,96 @@ def test_a_failing_run_ends_the_search_with_its_reason(tmp_path):
     assert len(study_in(tmp_path).trials) == 1
 
 
+@pytest.mark.slow
+def test_runs_without_a_final_evaluation_end_the_search(tmp_path):
+    status, output, errors = run_python(tmp_path, *options("--trials", "5", search="step-s=0.001:0.01"))
+    assert status == 1
+    assert "failed it made no final evaluation" in output
+    assert "failed; its log is runs/tune/" in errors
+    assert [trial.state.name for trial in study_in(tmp_path).trials] == ["FAIL"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again_and_one_of_an_older_study_is_not_taken_over(tmp_path):
+    words, path = options("--trials", "1"), tmp_path / "runs" / "tune" / "pong.db"
+    assert run_python(tmp_path, *words)[0] == 0
+    (before,) = study_in(tmp_path).trials
+    with sqlite3.connect(path) as database:  # as if killed before the study was told of its end
+        database.execute("UPDATE trials SET state = 'RUNNING'")
+        database.execute("DELETE FROM trial_values")
+    assert run_python(tmp_path, *words)[0] == 0
+    (after,) = study_in(tmp_path).trials
+    assert (after.state.name, after.value) == ("COMPLETE", before.value)
+    assert len(list(tmp_path.glob("runs/PongNoFrameskip-v4__pong-0__1__*"))) == 1
+
+    path.rename(tmp_path / "older.db")
+    assert run_python(tmp_path, *options("--trials", "1", search="quality=10.0:20.0"))[0] == 0
+    (new,) = study_in(tmp_path).trials
+    assert new.value == pytest.approx(new.params["quality"])
+    assert new.value >= 10
+    assert new.intermediate_values == {10: pytest.approx(new.value)}
+    assert len(list(tmp_path.glob("runs/PongNoFrameskip-v4__pong-0__1__*"))) == 2
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> optuna.Study:
+    """An empty one, in runs/tune of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    trials.RECORDS.mkdir(parents=True)
+    return open_study(trials.RECORDS / "study.db", "study", 1, 0)
+
+
+def test_a_search_that_is_started_again_does_not_try_the_same_values_again(study):
+    tried = set()
+    for _ in range(4):
+        study = open_study(trials.RECORDS / "study.db", "study", 1, 0)
+        for _ in range(2):
+            trial = study.ask({"x": FloatDistribution(0, 1)})
+            tried.add(trial.params["x"])
+            study.tell(trial, 1.0)
+    assert len(tried) == 8
+
+
+def test_a_trial_whose_values_were_not_all_chosen_is_given_up(study):
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    study.ask({"x": space["x"]})
+    whole = study.ask(space)
+    search = trials.Search(study, ("python", "x.py"), "PongNoFrameskip-v4", 1, space)
+    (attempt,) = search.interrupted()
+    assert attempt.trial.number == whole.number
+    assert attempt.job.plan.command[-4:] == ("--x", str(whole.params["x"]), "--y", str(whole.params["y"]))
+    study.set_user_attr("search", list(space))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
+    assert len(table(study)) == 3
+
+
+def test_two_processes_cannot_use_a_study_at_once(study):
+    with (
+        trials.locked(trials.RECORDS / "study.db"),
+        pytest.raises(
+            SystemExit, match=r"^error: another process uses the study runs/tune/study.db; for several"
+        ),
+    ):
+        main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=("quality=-5:5",)))
+
+
+def test_a_study_does_not_change_what_it_varies(study, monkeypatch):
+    monkeypatch.setattr(trials, "run_trials", lambda *_: 0)
+
+    def search(*space: str) -> int:
+        return main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=space))
+
+    for _ in range(2):
+        assert search("td-loss=mse,huber", "n-step=1:5") == 0
+    for other in (
+        ("td-loss=mse,huber,l1", "n-step=1:5"),
+        ("td-loss=mse,huber", "n-step=1:6"),
+        ("n-step=1:5",),
+    ):
+        with pytest.raises(SystemExit, match=r"^error: the study study was started with another search,"):
+            search(*other)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Args), ids=lambda field: field.name)
 def test_every_option_is_in_the_docs_with_its_default(field):
     page = (ROOT / "docs" / "tuning.md").read_text("utf-8")
@@ -193,6 +284,7 @@ def test_what_cannot_vary_is_refused(text):
 def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
     path = Path("runs/tune/study.db")
+    path.parent.mkdir(parents=True)
     study = open_study(path, "study", 1, 0)
     for _ in range(50):
         study.tell(study.ask({"x": FloatDistribution(0, 1)}), 1.0)
@@ -218,7 +310,7 @@ def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
         (options(search="seed=1:3"), "--search seed: the search sets --seed; leave it out"),
         (options(command=f"{COMMAND} --exp-name x"), "the search sets --exp-name; leave it out"),
         (options(command="python none.py"), "there is no none.py"),
-        (options("--study", "../x"), "--study ../x must be at most 100 letters"),
+        (options("--study", "../x"), "--study ../x must be at most 90 letters"),
         (options("--env-id", "X"), "--env-id X is not known"),
     ],
 )

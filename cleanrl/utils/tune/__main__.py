@@ -11,9 +11,18 @@ resumes, also the runs that it was stopped in. See docs/tuning.md.
 import importlib.util
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 from cleanrl.utils.benchmark.plan import option_value, split_command
-from cleanrl.utils.bounds import Name, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, printable, shown
+from cleanrl.utils.bounds import (
+    NameRule,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    printable,
+    shown,
+)
 from cleanrl.utils.command_line import check_bounds, parse
 from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.shell import prepare_command
@@ -28,14 +37,14 @@ class Args:
     """the game, as {Game}NoFrameskip-v4"""
     search: tuple[str, ...]
     """what varies, as temperature=0.02:1:log (a range), n-step=1:5 (of whole numbers), td-loss=mse,huber"""
-    study: Name = "study"
-    """name of the search; all it knows is in runs/tune/{study}.db, which several machines may share"""
+    study: Annotated[str, NameRule(90)] = "study"
+    """name of the search; all it knows is in runs/tune/{study}.db"""
     trials: PositiveInt = 20
     """runs in all, pruned ones and those of earlier starts included"""
     workers: PositiveInt = 1
     """runs at a time"""
     warm_up_trials: NonNegativeInt = 5
-    """runs before others are pruned: those whose evaluation offline is below the median at that step"""
+    """finished runs before others are pruned, where these do worse in the offline phase"""
     seed: Seed = 1
     """seed of every run, and of the search"""
     grace_period: NonNegativeFloat = 120.0
@@ -55,17 +64,20 @@ def main(args: Args) -> int:
     if option_value(command, "exp_name") is not None:
         raise SystemExit(f"error: --command {shown(args.command)}: the search sets --exp-name; leave it out")
 
-    from cleanrl.utils.tune.results import draw, table  # need the packages checked above
+    from optuna.distributions import distribution_to_json  # needs the packages checked above
+
+    from cleanrl.utils.tune.results import draw, table
     from cleanrl.utils.tune.space import parse_space
-    from cleanrl.utils.tune.trials import RECORDS, Search, open_study, run_trials, using
+    from cleanrl.utils.tune.trials import RECORDS, Search, locked, open_study, run_trials, using
 
     space = parse_space(args.search)
     for name in space.keys() & {"env-id", "exp-name", "resume", "seed"}:
         raise SystemExit(f"error: --search {name}: the search sets --{name}; leave it out")
-    same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "space": list(space)}
+    values = {name: distribution_to_json(distribution) for name, distribution in space.items()}
+    same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "search": values}
     path = RECORDS / f"{args.study}.db"
-    study = open_study(path, args.study, args.seed, args.warm_up_trials)
-    with using(path):
+    with locked(path), using(path):
+        study = open_study(path, args.study, args.seed, args.warm_up_trials)
         for name, value in same.items():
             if study.user_attrs.setdefault(name, value) != value:
                 raise SystemExit(

@@ -12,10 +12,11 @@ from cleanrl.utils.report.pictures import COLORS, DPI, GREY, STYLE
 
 
 def last_value(trial: FrozenTrial) -> float | None:
-    """Its final return or, of a pruned trial, that of its last evaluation."""
+    """Its final return or, of a pruned trial, that of its last evaluation; else none."""
     if trial.state == TrialState.COMPLETE:
         return trial.value
-    return trial.intermediate_values.get(trial.last_step)
+    is_pruned = trial.state == TrialState.PRUNED
+    return trial.intermediate_values.get(trial.last_step) if is_pruned else None
 
 
 def table(study: optuna.Study) -> list[str]:
@@ -23,11 +24,12 @@ def table(study: optuna.Study) -> list[str]:
     finished = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     others = [trial for trial in study.trials if trial.state != TrialState.COMPLETE]
     trials = sorted(finished, key=lambda trial: trial.value, reverse=True) + others
-    rows = [["trial", "state", "return", *study.user_attrs["space"]]]
+    rows = [["trial", "state", "return", *study.user_attrs["search"]]]
     for trial in trials:
         value = last_value(trial)
         shown = "–" if value is None else f"{value:.2f}".replace("-", "−")
-        params = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
+        values = (trial.params.get(name, "–") for name in study.user_attrs["search"])
+        params = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
         rows.append([str(trial.number), trial.state.name.lower(), shown, *params])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

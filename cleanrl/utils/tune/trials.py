@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import filelock
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
@@ -17,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.benchmark.processes import LocalRunner, run_environment
-from cleanrl.utils.benchmark.records import Job
+from cleanrl.utils.benchmark.records import Job, Record
 from cleanrl.utils.bounds import printable, shown
 from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.report.events import UnusableError, read_curves
@@ -41,22 +43,40 @@ def using(path: Path, *faults: type[Exception]) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Raises SystemExit with a one-line error if another process uses the study in that file."""
+    with using(path, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise SystemExit(
+                f"error: another process uses the study {path}; for several runs at a time set its --workers"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_study(path: Path, name: str, seed: int, warm_up_trials: int) -> optuna.Study:
     """A new one, or that in the file; raises SystemExit with a one-line error if it cannot be used."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with using(path, Exception):  # what a damaged one raises has many types
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError("not a file")
         study = optuna.create_study(
             storage=f"sqlite:///{path}",
-            sampler=optuna.samplers.TPESampler(seed=seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=warm_up_trials),
             study_name=name,
             direction="maximize",
             load_if_exists=True,
         )
-        study.get_trials(deepcopy=False)  # reads all of it
+        num_trials = len(study.get_trials(deepcopy=False))  # reads all of it
+        # Not again the values of the last start.
+        study.sampler = optuna.samplers.TPESampler(seed=(seed + num_trials) % 2**32)
         dict(study.user_attrs)
         return study
 
@@ -69,6 +89,7 @@ class Attempt:
     job: Job
     num_reported: int = 0  # evaluations
     is_pruned: bool = False
+    outcome: str = ""  # once it has ended
     next_reading: float = 0.0  # time.monotonic() from which on to read the event files again
 
     def follow(self, runner: LocalRunner) -> bool:
@@ -87,13 +108,18 @@ class Attempt:
                 runner.running[self.job].stop(runner.grace_s)
         if is_active:
             return False
-        state = self.job.record.state
-        if state == "done" and final_returns:
-            self.trial.study.tell(self.trial, fmean(final_returns))
+        record, tell = self.job.record, partial(self.trial.study.tell, self.trial)
+        if record.state == "done" and final_returns:
+            tell(fmean(final_returns))
+            self.outcome = f"done {record.message}".strip()
         elif self.is_pruned:
-            self.trial.study.tell(self.trial, state=TrialState.PRUNED)
-        elif state != "stopped":  # a stopped one is resumed at the next start
-            self.trial.study.tell(self.trial, state=TrialState.FAIL)
+            tell(state=TrialState.PRUNED)
+            self.outcome = "pruned"
+        elif record.state == "stopped":  # it is resumed at the next start
+            self.outcome = "stopped"
+        else:
+            tell(state=TrialState.FAIL)
+            self.outcome = f"failed {record.message or 'it made no final evaluation'}"
         self.job.__exit__()
         return True
 
@@ -106,12 +132,6 @@ class Attempt:
             return [], []
         offline = (column.tolist() for column in curves[OFFLINE_RETURN])
         return list(zip(*offline, strict=True)), curves[EVALUATION_RETURN].values.tolist()
-
-    @property
-    def outcome(self) -> str:
-        if self.is_pruned:
-            return "pruned"
-        return printable(f"{self.job.record.state} {self.job.record.message}".strip())
 
     def __str__(self) -> str:
         options = self.job.plan.command[-2 * len(self.trial.params) :]
@@ -128,26 +148,28 @@ class Search:
     seed: int
     space: dict[str, BaseDistribution]
 
-    def _job(self, number: int, params: dict[str, object]) -> Job:
-        """The run of a trial; raises SystemExit if another process is working on it."""
-        options = [word for name, value in params.items() for word in (f"--{name}", str(value))]
-        exp_name = f"{self.study.study_name}-{number}"
-        return Job(Plan(self.env_id, exp_name, self.seed, (*self.command, *options)), RECORDS)
+    def _attempt(self, trial: optuna.trial.Trial, num_reported: int = 0) -> Attempt:
+        """A trial with its run; raises SystemExit if another process is working on that."""
+        options = [word for name, value in trial.params.items() for word in (f"--{name}", str(value))]
+        exp_name = f"{self.study.study_name}-{trial.number}"
+        plan = Plan(self.env_id, exp_name, self.seed, (*self.command, *options))
+        job = Job(plan, RECORDS)
+        if job.record.command != plan.identity:  # of an earlier study of that name
+            job.record = Record(plan.identity)
+        return Attempt(trial, job, num_reported)
 
     def interrupted(self) -> Iterator[Attempt]:
-        """Trials that have begun and that nobody is working on: those in which a search was stopped."""
+        """The trials in which the last search was stopped."""
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            try:
-                job = self._job(frozen.number, frozen.params)
-            except SystemExit:
-                continue
             trial = optuna.trial.Trial(self.study, frozen._trial_id)  # Optuna has no public way
-            yield Attempt(trial, job, len(frozen.intermediate_values))
+            if frozen.params.keys() == self.space.keys():
+                yield self._attempt(trial, len(frozen.intermediate_values))
+            else:  # it was stopped before all values were chosen
+                self.study.tell(trial, state=TrialState.FAIL)
 
     def next(self) -> Attempt:
         """A trial of the values that are most promising after those so far."""
-        trial = self.study.ask(self.space)
-        return Attempt(trial, self._job(trial.number, trial.params))
+        return self._attempt(self.study.ask(self.space))
 
     def num_trials(self) -> int:
         """Those that have an outcome, or are worked on."""
@@ -169,27 +191,35 @@ def run_trials(search: Search, num_trials: int, workers: int, grace_s: float) ->
     """
     cores = max(1, available_cores() // workers) if workers > 1 else None
     runner = LocalRunner([], workers, run_environment(cores), grace_s)
-    active = list(search.interrupted())
-    runner.waiting.extend(attempt.job for attempt in active)
+    active: list[Attempt] = []
     failure = ""
+
+    def add(attempt: Attempt) -> None:
+        active.append(attempt)
+        if attempt.job.record.state != "done":
+            runner.waiting.append(attempt.job)
+
     try:
         with StopSignals() as signals:
+            for attempt in search.interrupted():
+                add(attempt)
             while True:
-                if (signals.received or failure) and not runner.is_stopping:
-                    runner.stop()
-                while not runner.is_stopping and len(active) < workers and search.num_trials() < num_trials:
-                    active.append(search.next())
-                    runner.waiting.append(active[-1].job)
-                if not runner.is_busy:
-                    break
-                runner.step()
                 for attempt in [attempt for attempt in active if attempt.follow(runner)]:
                     active.remove(attempt)
-                    print(f"{attempt}: {attempt.outcome}", flush=True)
-                    if attempt.job.record.state == "failed":
+                    print(f"{attempt}: {printable(attempt.outcome)}", flush=True)
+                    if attempt.outcome.startswith("failed"):
                         failure = f"error: {attempt} failed; its log is {attempt.job.log_path}"
-    finally:
-        runner.close()
+                if signals.received or failure:
+                    runner.stop()
+                while not runner.is_stopping and len(active) < workers and search.num_trials() < num_trials:
+                    add(search.next())
+                if not (runner.running if runner.is_stopping else active):
+                    break
+                runner.step()
+    finally:  # also where the study cannot be used any more
+        runner.stop()
+        while runner.running:
+            runner.step()
     if failure:
         print(failure, file=sys.stderr)
     return 128 + signals.received if signals.received else int(bool(failure))
