@@ -424,9 +424,9 @@ def distill_loss(q_values: Array, teacher_q_values: Array, temperature: float) -
 
 
 def learning_rate(args: Args, distill_coeff: float) -> float:
-    """From `learning_rate` at a distillation coefficient of 1 to `final_learning_rate` at 0."""
+    """From `learning_rate` at a distillation coefficient of 1 or more to `final_learning_rate` at 0."""
     final = args.learning_rate if args.final_learning_rate is None else args.final_learning_rate
-    return final + (args.learning_rate - final) * distill_coeff
+    return final + (args.learning_rate - final) * jnp.minimum(distill_coeff, 1.0)
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:

@@ -213,6 +213,26 @@ def test_a_run_that_finished_while_the_benchmark_was_dead_is_done():
     assert files() == before
 
 
+def test_a_run_that_failed_after_it_had_finished_is_done(capsys):
+    """As where the Hub refuses its model."""
+    Path("fake_training.py").write_text(
+        Path("fake_training.py").read_text() + "    raise SystemExit('error: no upload')\n"
+    )
+    for _ in range(2):
+        assert run() == 0
+        assert re.search(r"  1  done  .*  error: no upload \(runs/", capsys.readouterr().out)
+    assert len(starts(Path(), 1)) == 1
+
+
+def test_a_run_that_the_user_has_resumed_and_finished_is_done():
+    assert run(QUICK + " --fail-seed 1") == 1
+    folder = the_folder(Path(), 1)
+    subprocess.run([sys.executable, "fake_training.py", "--resume", folder], check=True, capture_output=True)
+    before = files()
+    assert run(QUICK + " --fail-seed 1") == 0
+    assert files() == before
+
+
 @pytest.mark.parametrize(
     ("workers", "own", "expected"),
     [(None, None, None), (2, None, str(max(1, available_cores() // 2))), (2, "7", "7")],

@@ -94,6 +94,21 @@ def home_folder(home: Home, run: Run) -> Path:
     return home.runs / run.folder.name
 
 
+def test_a_folder_that_goes_away_while_files_are_sent_is_no_error(machine, run, monkeypatch):
+    """As the checkpoints' when a run finishes."""
+    going = run.folder / "checkpoints" / "going"
+    going.mkdir()
+    scandir = os.scandir
+
+    def scandir_too_late(path: Any) -> Any:
+        if Path(path) == going:
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir_too_late)
+    machine.send(run)
+
+
 def test_the_copy_is_the_folder(home, machine, run):
     (run.folder / "videos").mkdir()
     (run.folder / "videos" / "1.mp4").write_bytes(b"film")

@@ -180,6 +180,14 @@ def test_over_all_games(tmp_path):
     assert "did not play the same games" not in notes
 
 
+def test_of_many_experiments_only_some_pairs_are_compared(tmp_path):
+    for number in range(9):
+        write_run(tmp_path, f"dqn-{number}")
+    _, pairs, notes = figures(tmp_path)
+    assert len(pairs) == 30
+    assert "Of 36 pairs, the first 30." in notes
+
+
 def test_one_run_of_each_has_no_interval(tmp_path):
     write_run(tmp_path, "q", evaluation=(30.5, 30.5), teacher=30.5, **QDAGGER)
     write_run(tmp_path, "dqn", evaluation=(1.7, 1.7))

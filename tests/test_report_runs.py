@@ -5,7 +5,7 @@ import shutil
 import struct
 
 import pytest
-from made_runs import write_run
+from made_runs import QDAGGER, write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -237,3 +237,10 @@ def test_runs_with_other_options_are_named(tmp_path):
         write_run(tmp_path, seed=seed, games=[(1, 1.0)], learning_rate=seed / 8, track=seed == 1, gamma=0.99)
     (note,) = find_runs([tmp_path], include_unfinished=False).notes
     assert note == "the runs of dqn on Breakout differ in --learning-rate (0.125, 0.25)"
+
+
+def test_runs_of_different_algorithms_under_one_name_are_noted(tmp_path):
+    write_run(tmp_path, seed=1, games=[(1, 1.0)])
+    write_run(tmp_path, seed=2, games=[(1, 1.0)], **QDAGGER)
+    (note,) = find_runs([tmp_path], include_unfinished=False).notes
+    assert note == "the runs of dqn on Breakout are of different algorithms"

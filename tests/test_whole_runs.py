@@ -116,6 +116,7 @@ def test_a_finished_run_is_uploaded_with_its_script_its_model_and_a_card(algorit
     def upload(run_folder: Path) -> None:
         uploaded.append(run_folder.name)
         assert not (run_folder / "checkpoints").exists()
+        assert signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL  # it would look like a run to be resumed
         assert name_of(algorithm) in models(run_folder)
         assert (run_folder / f"{name_of(algorithm)}.py").read_bytes() == Path(algorithm.__file__).read_bytes()
         assert "Mean return **1.00 ± " in (run_folder / "README.md").read_text("utf-8")

@@ -155,11 +155,9 @@ class Home:
 
 def _files(run_folder: Path) -> list[Path]:
     """The files that belong to a run, finished or not."""
-    return [
-        path
-        for path in run_folder.rglob("*")
-        if path.is_file() and path.suffix != ".partial" and path.name != "lock"
-    ]
+    # Not by rglob, which fails where a folder goes away meanwhile.
+    paths = (Path(folder, name) for folder, _, names in os.walk(run_folder) for name in names)
+    return [path for path in paths if path.is_file() and path.suffix != ".partial" and path.name != "lock"]
 
 
 def _sha256(path: Path) -> str | None:

@@ -97,8 +97,8 @@ class RunProcess:
 
     def outcome(self, status: int) -> tuple[State, str]:
         """What became of the run, and a message; a negative exit status is the signal that killed it."""
-        if status == 0 and self.run_folder and is_finished(self.run_folder):
-            return "done", ""
+        if self.run_folder and is_finished(self.run_folder):  # perhaps all but its upload succeeded
+            return "done", (last_words(self.log) or f"exit status {status}") if status else ""
         if status == 0:
             return (
                 "failed",

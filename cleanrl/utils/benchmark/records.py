@@ -69,11 +69,9 @@ class Job:
             if path.exists() and not path.is_file():  # a pipe would be waited for
                 raise SystemExit(f"error: {path} is not a file; remove it")
         self.record = self._read() or Record(self.plan.identity)
-        # A run may have finished by itself after the benchmark was killed.
-        if self.record.state == "running" and self.run_folder and is_finished(self.run_folder):
-            self.record.state = "done"
-        elif self.record.state != "done" or not self.run_folder or not is_finished(self.run_folder):
-            self.record.state = "waiting"
+        # It may have finished by itself after the benchmark was killed, or have been resumed by hand.
+        is_done = self.run_folder is not None and is_finished(self.run_folder)
+        self.record.state = "done" if is_done else "waiting"
 
     def __enter__(self) -> "Job":
         return self

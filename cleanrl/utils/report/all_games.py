@@ -27,6 +27,7 @@ from cleanrl.utils.report.statistics import (
     teacher_return,
 )
 
+MOST_PAIRS = 30  # of experiments that are compared
 FEW_RUNS = 5  # with fewer runs of a game, resamples differ too little
 
 Scores = dict[str, dict[str, np.ndarray]]  # those of the runs (runs,), by experiment and game
@@ -49,7 +50,7 @@ def over_all_games(groups: Sequence[Group], args: Any, folder: Path) -> list[Blo
     means_table, panels = interquartile_means(scores, units, interval, looks_of(groups))
     qdagger = {group.experiment for group in groups if any(run.is_qdagger for run in group.runs)}
     pairs = list(combinations(sorted(scores, key=lambda name: (name not in qdagger, name)), 2))
-    pairs_table, panel = improvements(scores, pairs, interval, looks_of(groups))
+    pairs_table, panel = improvements(scores, pairs[:MOST_PAIRS], interval, looks_of(groups))
     blocks = [heading, means_table]
     if panel.rows:
         blocks.append(pairs_table)
@@ -65,6 +66,7 @@ def over_all_games(groups: Sequence[Group], args: Any, folder: Path) -> list[Blo
         "Random-normalised: (score − random player's) / (teacher's − random player's).",
         "P(X > Y): the probability that a run of X scores higher than one of Y on the same game, a tie"
         " counting half; the mean over games.",
+        *([f"Of {len(pairs)} pairs, the first {MOST_PAIRS}."] if len(pairs) > MOST_PAIRS else []),
         f"In brackets: {CONFIDENCE:.0%} intervals, percentiles over {args.bootstrap_samples:,} bootstrap"
         " samples, for which the runs of each game are resampled.",
     ]

@@ -202,12 +202,14 @@ def differing_options(runs: Iterable[RunResults]) -> list[str]:
     """A line for each experiment and game whose runs were started with different options."""
     groups = defaultdict(list)
     for run in runs:
-        groups[run.exp_name, run.game].append(run.options)
+        groups[run.exp_name, run.game].append(run)
     notes = []
-    for (experiment, game), options in groups.items():
+    for (experiment, game), of_group in groups.items():
+        if len({run.is_qdagger for run in of_group}) > 1:
+            notes.append(f"the runs of {experiment} on {game} are of different algorithms")
         differing = []
-        for name in sorted(set.intersection(*map(set, options)) - HARMLESS):
-            values = sorted({of_run[name] for of_run in options})
+        for name in sorted(set.intersection(*(set(run.options) for run in of_group)) - HARMLESS):
+            values = sorted({run.options[name] for run in of_group})
             if len(values) > 1:
                 differing.append(f"--{name.replace('_', '-')} ({', '.join(map(shown, values))})")
         if differing:

@@ -137,6 +137,8 @@ class TrainingRun:
         try:
             if exception is None:
                 self._write_results()
+                if self.args.upload_model:
+                    upload(self.folder)
             elif isinstance(exception, Stopped | WorkerError) and self.state.gradient_steps > 0:
                 self.save_model(getattr(self.state, self.model))
         except OSError as error:  # a full disk
@@ -155,8 +157,6 @@ class TrainingRun:
             raise SystemExit(f"error: {shortage}; {how_to_resume}") from None
         if isinstance(exception, WorkerError | OSError):
             raise SystemExit(f"error: {exception}; {how_to_resume}") from None
-        if exception is None and self.args.upload_model:
-            upload(self.folder)
 
     def _write_results(self) -> None:
         self._write_values()
