@@ -101,7 +101,7 @@ def test_a_folder_that_goes_away_while_files_are_sent_is_no_error(machine, run, 
     scandir = os.scandir
 
     def scandir_too_late(path: Any) -> Any:
-        if Path(path) == going:
+        if Path(path).name == going.name:
             raise FileNotFoundError(path)
         return scandir(path)
 
