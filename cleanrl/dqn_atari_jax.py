@@ -289,7 +289,7 @@ class TrainState:
 
 def create_train_state(args: Args, num_actions: int, device: jax.Device) -> TrainState:
     network = QNetwork(num_actions)
-    params = network.init(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
+    params = jax.jit(network.init)(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     q_network = QFunction(params, network)
     target_network = jax.tree.map(jnp.copy, q_network)
     learner = Learner(q_network, target_network, optax.adam(args.learning_rate).init(q_network))
@@ -315,9 +315,9 @@ def update(args: Args, learner: Learner, frames: Array, batches: Batch) -> tuple
         q_network = optax.apply_updates(learner.q_network, steps)
         return learner.replace(q_network=q_network, optimizer_state=optimizer_state), losses
 
-    # For the CPU, XLA compiles a convolution inside a loop into code that takes ten times as long, and a scan
-    # of a single step is such a loop, unless it is unrolled further than it is long.
-    unroll = len(batches.actions) + 1 if jax.default_backend() == "cpu" else 1
+    # A loop makes convolutions ten times slower on a CPU, and on a GPU costs more launches than it saves in 1
+    # or 2 steps. A scan is no loop if it is unrolled further than it is long.
+    unroll = 1 if jax.default_backend() != "cpu" and len(batches.actions) > 2 else len(batches.actions) + 1
     learner, losses = lax.scan(gradient_step, learner, batches, unroll=unroll)
     return learner, {name: values[-1] for name, values in losses.items()}
 

@@ -404,9 +404,9 @@ def distill_loss(q_values: Tensor, teacher_q_values: Tensor, temperature: float)
 
 
 def learning_rate(args: Args, distill_coeff: float) -> float:
-    """From `learning_rate` at a distillation coefficient of 1 or more to `final_learning_rate` at 0."""
+    """From `learning_rate` at a distillation coefficient of 1 to `final_learning_rate` at 0."""
     final = args.learning_rate if args.final_learning_rate is None else args.final_learning_rate
-    return final + (args.learning_rate - final) * min(distill_coeff, 1.0)
+    return final + (args.learning_rate - final) * distill_coeff
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
@@ -500,7 +500,7 @@ def learn(args: Args, state: TrainState, replay: ReplayBuffer, distill_coeffs: l
     batches = replay.sample(args.batch_size, state.rng, num_batches=len(distill_coeffs))
     for index, distill_coeff in enumerate(distill_coeffs):
         frames, batch = replay.frames.place(batches.at(index), state.device)
-        set_learning_rate(state.optimizer, learning_rate(args, distill_coeff))
+        set_learning_rate(state.optimizer, learning_rate(args, min(distill_coeff, 1.0)))
         distill_weight = np.array(distill_coeff * args.distill_weight, np.float32)
         losses = update(args, state, frames, batch, distill_weight)
     state.gradient_steps += len(distill_coeffs)

@@ -424,9 +424,9 @@ def distill_loss(q_values: Array, teacher_q_values: Array, temperature: float) -
 
 
 def learning_rate(args: Args, distill_coeff: float) -> float:
-    """From `learning_rate` at a distillation coefficient of 1 or more to `final_learning_rate` at 0."""
+    """From `learning_rate` at a distillation coefficient of 1 to `final_learning_rate` at 0."""
     final = args.learning_rate if args.final_learning_rate is None else args.final_learning_rate
-    return final + (args.learning_rate - final) * jnp.minimum(distill_coeff, 1.0)
+    return final + (args.learning_rate - final) * distill_coeff
 
 
 def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) -> np.ndarray:
@@ -490,7 +490,7 @@ class TrainState:
 
 def create_train_state(args: Args, num_actions: int, device: jax.Device) -> TrainState:
     network = StudentNetwork(num_actions, args.dense_width)
-    params = network.init(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
+    params = jax.jit(network.init)(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     student = QFunction(params, network)
     player, target_network = (jax.tree.map(jnp.copy, student) for _ in range(2))
     learner = Learner(student, player, target_network, optax.adam(args.learning_rate).init(student))
@@ -518,15 +518,15 @@ def update(
             return loss, {"loss": loss, "td_loss": td, "distill_loss": distill, "q_values": mean_q_value}
 
         gradients, losses = jax.grad(compute_loss, has_aux=True)(learner.student)
-        optimizer = optax.adam(learning_rate(args, distill_coeff), eps=args.adam_epsilon)
+        optimizer = optax.adam(learning_rate(args, jnp.minimum(distill_coeff, 1.0)), eps=args.adam_epsilon)
         steps, optimizer_state = optimizer.update(gradients, learner.optimizer_state)
         student = optax.apply_updates(learner.student, steps)
         player = optax.incremental_update(student, learner.player, 1 - args.average_decay)
         return learner.replace(student=student, player=player, optimizer_state=optimizer_state), losses
 
-    # For the CPU, XLA compiles a convolution inside a loop into code that takes ten times as long, and a scan
-    # of a single step is such a loop, unless it is unrolled further than it is long.
-    unroll = len(distill_coeffs) + 1 if jax.default_backend() == "cpu" else 1
+    # A loop makes convolutions ten times slower on a CPU, and on a GPU costs more launches than it saves in 1
+    # or 2 steps. A scan is no loop if it is unrolled further than it is long.
+    unroll = 1 if jax.default_backend() != "cpu" and len(distill_coeffs) > 2 else len(distill_coeffs) + 1
     learner, losses = lax.scan(gradient_step, learner, (batches, distill_coeffs), unroll=unroll)
     return learner, {name: values[-1] for name, values in losses.items()}
 

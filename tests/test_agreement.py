@@ -25,9 +25,11 @@ from both_scripts import (
     PONG_TEACHER,
     TORCH,
     Weights,
+    create_state,
     device_of,
     learn,
     network,
+    use_network,
     uses_torch,
     weights,
 )
@@ -317,6 +319,19 @@ def test_losses_and_their_gradients_by_the_q_values_are_equal(scale, temperature
 
 
 # ----------------------------------------------------------------------------------------- gradient steps
+
+
+@pytest.mark.parametrize("script", [TORCH, JAX], ids=["torch", "jax"])
+@pytest.mark.parametrize(("distill_coeff", "rate"), [(0.0, 1e-4), (1.0, 1e-3), (2.1, 1e-3)])
+def test_the_learning_rate_stays_between_its_two_values(monkeypatch, script, distill_coeff, rate):
+    """λ is above 1 while games of Pong are lost. Adam's first step is as large as the learning rate."""
+    use_network(monkeypatch, script, "linear")
+    args = script.Args(learning_rate=1e-3, final_learning_rate=1e-4, buffer_size=100, cuda=False)
+    state = create_state(script, args)
+    before = weights(network(state))
+    learn(script, args, state, [make_batch("float32", 1)], [distill_coeff])
+    steps = [np.abs(after - before[name]).max() for name, after in weights(network(state)).items()]
+    assert max(steps) == pytest.approx(rate, rel=1e-3)
 
 
 @pytest.mark.slow

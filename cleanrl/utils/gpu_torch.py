@@ -27,9 +27,10 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def _pack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """The bytes of all arrays, on the host; pinned for a GPU, so that the transfer needs no wait."""
-    packed = np.empty(_starts(arrays)[-1], np.uint8)
-    for array, start in zip(arrays, _starts(arrays), strict=False):
-        packed[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+    starts = _starts(arrays)
+    packed = np.empty(starts[-1], np.uint8)
+    for array, start in zip(arrays, starts, strict=False):
+        packed[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
     return torch.from_numpy(packed).pin_memory() if device.type == "cuda" else torch.from_numpy(packed)
 
 
@@ -168,6 +169,7 @@ def choose_device(args: Any) -> torch.device:
         SystemExit: with a one-line error, if there is a GPU that cannot be used.
     """
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic  # times its algorithms before it chooses
     OneLaunch.enabled = args.cuda_graphs
     if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
