@@ -155,13 +155,13 @@ def test_stacked_observations_take_56_kilobytes(pong):
 def test_requests_reach_the_phases(phases_of, script, tmp_path, monkeypatch):
     use_network(monkeypatch, script, "linear")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(programs, "WARM_UP_STEPS", {"fill": 8, "offline": 1, "online": 8})
+    monkeypatch.setattr(programs, "WARM_UP_STEPS", {"cpu": {"fill": 8, "offline": 1, "online": 8}})
     monkeypatch.setattr(programs, "BUFFER_SIZE", 200)
     monkeypatch.setattr(programs, "FULL_BUFFER_SIZE", 1_000)
     monkeypatch.setattr(programs, "ADDS", 10)
     monkeypatch.setattr(programs, "SAMPLES", 10)
     with phases_of(name_of(script), "cpu", num_envs=2) as phases:
-        requests = programs.Requests(phases)
+        requests = programs.Requests(phases, "cpu")
         for phase, steps in (("fill", 8), ("offline", 2), ("online", 8)):
             assert requests.answer(phase, steps) > 0
         assert phases.state.offline_step == 1 + 2

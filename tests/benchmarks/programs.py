@@ -31,7 +31,10 @@ BUFFER_SIZE = 60_000  # while the phases are timed
 FULL_BUFFER_SIZE = 1_000_000  # the scripts' default, whose memory is counted
 FRAMES_PER_STEP = 4
 TRAIN_FREQUENCY = 4  # online environment steps per gradient step, the scripts' default
-WARM_UP_STEPS = {"fill": 400, "offline": 20, "online": 32}
+WARM_UP_STEPS = {  # online, until JAX has compiled every number of gradient steps at a time
+    "cpu": {"fill": 400, "offline": 20, "online": 32},
+    "cuda": {"fill": 400, "offline": 20, "online": 2000},
+}
 ADDS, SAMPLES = 1000, 300  # that are timed
 
 
@@ -193,6 +196,12 @@ class TorchPhases(ScriptPhases):
 
     def update_flops(self) -> int:
         return count_flops(self.learn)
+
+    def is_captured(self) -> bool:
+        """Whether its gradient steps are launched as a CUDA graph."""
+        from cleanrl.utils.gpu_torch import OneLaunch
+
+        return OneLaunch.enabled and self.script.update.graph.graph is not None
 
     def update_launches(self) -> tuple[int, int]:
         """Of a gradient step with fused Adam, as on a GPU: its operators, and about as many kernels."""
@@ -388,12 +397,12 @@ def count_launches(work: Callable[[], Any]) -> tuple[int, int]:
 class Requests:
     """What a process answers."""
 
-    def __init__(self, program: Any):
-        self.program = program
+    def __init__(self, program: Any, device: str):
+        self.program, self.warm_up_steps = program, WARM_UP_STEPS[device]
         self.is_warm: set[str] = set()
 
     def answer(self, request: str, *amounts: int) -> Any:
-        if request in WARM_UP_STEPS:
+        if request in self.warm_up_steps:
             return self.time_phase(request, *amounts)
         if request == "evaluate":
             return self.time_games(*amounts)
@@ -405,7 +414,7 @@ class Requests:
         for earlier in ("fill", name):  # without a teacher's play there is nothing to learn from
             if earlier not in self.is_warm:
                 self.program.prepare()
-                getattr(self.program, earlier)(WARM_UP_STEPS[earlier])
+                getattr(self.program, earlier)(self.warm_up_steps[earlier])
                 self.is_warm.add(earlier)
         self.program.prepare()
         return steps / seconds_of(lambda: [phase(steps), self.program.synchronize()])
@@ -436,7 +445,7 @@ def serve(name: str, device: str, num_envs: int) -> None:
             resources.enter_context(program)
         say = partial(print, file=replies, flush=True)
         say(json.dumps("ready"))
-        requests = Requests(program)
+        requests = Requests(program, device)
         for line in sys.stdin:
             request, *amounts = line.split()
             say(json.dumps(requests.answer(request, *map(int, amounts))))
