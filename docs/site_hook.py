@@ -60,13 +60,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points the links of a page in docs/ to those pages."""
+    """Points the links of a page to where their targets are on the site."""
     source = PurePosixPath(page.file.src_uri)
-    if source.is_relative_to(OUTSIDE):
-        return markdown
+    in_repository = source.relative_to(OUTSIDE) if source.is_relative_to(OUTSIDE) else DOCS / source
 
     def on_the_site(link: re.Match) -> str:
-        path = target_of(link, DOCS / source)
+        path = target_of(link, in_repository)
         if (ROOT / path).is_dir():
             return link["text"]
         site_path = posixpath.relpath(to_site(path), source.parent)
