@@ -1,5 +1,6 @@
 import importlib
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,6 +10,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+# What the user's shell sets for other programs.
+for name in list(os.environ):
+    if re.fullmatch(r"(HF|WANDB|TQDM)_.*|.*_proxy|COLUMNS|LINES|PJRT_NPROC|XLA_FLAGS", name, re.IGNORECASE):
+        del os.environ[name]
 
 # Before any test module imports PyTorch: see the training script.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

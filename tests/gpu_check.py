@@ -411,7 +411,7 @@ def parts_of(device: str) -> dict[str, Part]:
 # What JAX compiles serves all parts.
 CACHE = {
     "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "gpu-check-jax-cache"),
-    "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
 
