@@ -7,7 +7,7 @@ import sys
 import typing
 
 import pytest
-from both_scripts import is_qdagger, name_of, run_python
+from both_scripts import ROOT, is_qdagger, name_of, run_python
 
 from cleanrl import dqn_atari, qdagger_dqn_atari_impalacnn, qdagger_dqn_atari_jax_impalacnn
 from cleanrl.utils.command_line import check_arguments, describe_options, parse_arguments
@@ -186,3 +186,19 @@ except SystemExit as stop:
     status, output, _ = run_python(tmp_path, "-c", code, script.__file__, *words.split())
     assert status == 0
     assert output.endswith({"--help": "status 0\n", "--bogus": "status 2\n"}.get(words, "status 1\n"))
+
+
+def test_the_options_that_may_change_are_those_that_the_page_names():
+    page = (ROOT / "docs" / "resuming.md").read_text("utf-8")
+    text = re.search(r"Only these may be given a new value:(.*?)\n- `--resume auto`", page, re.S)[1]
+    named = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", text)}
+    assert "those of Weights & Biases, and where the teacher and its replay are" in " ".join(text.split())
+    named |= {"track", "wandb_project_name", "wandb_entity", "resume"}
+    named |= {
+        "teacher_policy_hf_repo",
+        "teacher_hf_file",
+        "teacher_revision",
+        "teacher_model_path",
+        "teacher_replay_path",
+    }
+    assert named == MAY_CHANGE

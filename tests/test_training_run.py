@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -596,3 +597,47 @@ def test_while_the_curves_do_not_fit_on_the_disk_there_is_no_checkpoint_that_lac
         assert "No space left on device" in capsys.readouterr().err
     resumed = start(resume=str(run.folder))
     assert resumed.state.step == len(read_curves(run.folder).get(LOSS, [])) == 0
+
+
+def test_every_evaluation_plays_the_same_games_with_the_runs_options(monkeypatch):
+    calls = []
+
+    def evaluate(make_env, q_values, episodes, **settings):
+        calls.append((make_env.args, episodes, settings["seed"], settings["epsilon"]))
+        return [1.0] * episodes
+
+    monkeypatch.setattr(training_run, "evaluate", evaluate)
+    monkeypatch.setattr(Args, "end_e", 0.03, raising=False)
+    with killed_run(seed=7, repeat_action_probability=0.25) as run:
+        run.play("teacher", np.zeros, 5, 0)
+        run.play("offline-10", np.zeros, 3, 10)
+    game = ("Pong", 0.25)
+    assert calls == [(game, 5, (7, 0), 0.03), (game, 3, (7, 0), 0.03)]
+
+
+def test_a_full_disk_when_a_stopped_run_saves_its_model_is_one_line(monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = start()
+    run.state.gradient_steps = 1
+    monkeypatch.setattr(training_run, "save_weights", fail)
+    line = exit_code(run, lambda: signal.raise_signal(signal.SIGTERM), run.checkpoint)
+    assert line == f"error: [Errno 28] No space left on device; resume it with --resume {run.folder}"
+
+
+@pytest.mark.parametrize("save_model", [False, True])
+def test_a_model_that_is_not_saved_is_no_artifact(monkeypatch, save_model):
+    tracker = mock.Mock()
+    monkeypatch.setattr(training_run, "Tracker", tracker)
+    with start(track=True, save_model=save_model) as run:
+        run.finish([1.0])
+    model = run.folder / "test.cleanrl_model" if save_model else None
+    assert tracker().finish.call_args == mock.call([1.0], model)
+
+
+def test_the_final_mean_is_plotted_at_the_gradient_steps():
+    with start() as run:
+        run.state.gradient_steps = 17
+        run.finish([1.0, 4.0])
+    assert read_curves(run.folder)["eval/avg_episodic_return"] == [(17, 2.5)]
