@@ -228,3 +228,18 @@ def test_jax_compiles_nothing_more_once_every_shape_has_come(script):
 
         happened = rehearse(script, 8, Games, loss_interval=100, tau=0.25)
     assert len(happened.actions) == 30
+
+
+class ImprovingGame(NoGame):
+    """Its games return 1, 2, 3, …"""
+
+    def step_wait(self):
+        step = super().step_wait()
+        number = float(self.steps // self.game_length)
+        return step._replace(finished_games=[g._replace(episodic_return=number) for g in step.finished_games])
+
+
+def test_only_the_last_ten_games_count():
+    happened = rehearse(TORCH, 1, partial(ImprovingGame, game_length=12))
+    assert happened.state.recent_returns == list(range(11, 21))
+    assert happened.points["charts/distill_coeff"] == [(30 + 240, pytest.approx(1 - 15.5 / 20))]
