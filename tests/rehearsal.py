@@ -151,6 +151,7 @@ class NoRun:
 
     points: (step, value) by tag
     played: the names of the evaluations
+    num_games: of each of them
     saved: for each saved model its file's suffix and the weights
     candidates: the mean returns of the networks of which the best is to be kept
     seeds: of the environments of each phase
@@ -162,6 +163,7 @@ class NoRun:
         self.make_games = make_games
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.played: list[str] = []
+        self.num_games: list[int] = []
         self.played_temperatures: list[float] = []  # of each call of `play`
         self.played_q_values: list[float] = []  # of each call of `play`, for black frames
         self.saved: list[tuple[str, Weights]] = []
@@ -202,6 +204,7 @@ class NoRun:
         sampling_temperature: float = 0.0,
     ) -> list[float]:
         self.played.append(name)
+        self.num_games.append(num_games)
         self.played_temperatures.append(sampling_temperature)
         self.played_q_values.append(compute_q_values(np.zeros((1, 4, 84, 84), np.uint8)).max().item())
         return [0.5]

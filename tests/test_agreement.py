@@ -230,6 +230,7 @@ def test_students_start_with_weights_of_the_same_widths():
                 in_widths = weight * np.sqrt(weight[0].size)
                 assert np.abs(in_widths).max() <= 1.000001, name
                 assert in_widths.std() == pytest.approx(3**-0.5, rel=0.05), name
+    assert not any(in_jax[name].any() for name in in_jax if name.endswith("bias"))
 
 
 # Few levels of grey, so that windows are full of ties, and below 0, so that a padding of 0 would win.

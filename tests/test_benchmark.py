@@ -603,3 +603,9 @@ def test_ctrl_c_on_a_real_terminal(tmp_path):
     assert b"\x1b[J" in seen
     assert b"1 runs: 1 stopped" in seen
     assert saved_step(tmp_path, 1) > 0
+
+
+def test_every_run_of_a_seed_comes_before_those_of_the_next():
+    plans = plan_runs(["python -m a", "python -m b"], ["X", "Y"], [1, 2])
+    expected = [(seed, env_id, exp_name) for seed in (1, 2) for env_id in "XY" for exp_name in "ab"]
+    assert [(plan.seed, plan.env_id, plan.exp_name) for plan in plans] == expected

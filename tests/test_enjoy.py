@@ -251,6 +251,24 @@ def test_the_repo_names_its_file_and_its_game(monkeypatch, repo, options, expect
     assert (path, env_id) == (Path(repo, expected[0]), expected[1])
 
 
+def test_the_file_is_looked_for_and_downloaded_at_the_revision(monkeypatch):
+    asked = []
+
+    def find_file(repo_id: str, revision: str, advice: str) -> str:
+        asked.append(("find", repo_id, revision))
+        return "agent.zip"
+
+    def download(repo_id: str, file: str, revision: str, advice: str) -> Path:
+        asked.append((file, repo_id, revision))
+        return Path(file)
+
+    monkeypatch.setattr(enjoy, "find_file", find_file)
+    monkeypatch.setattr(enjoy, "download", download)
+    repo = f"me/{PONG}"
+    find_agent(Args(repo, hf_revision="v1"))
+    assert asked == [("find", repo, "v1"), ("agent.zip", repo, "v1")]
+
+
 def test_a_runs_folder_has_its_agent_and_its_game(tmp_path):
     folder = tmp_path / f"{PONG}__mine__1__1700000000"
     folder.mkdir()

@@ -157,12 +157,14 @@ def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, opti
         np.testing.assert_array_equal(array, linear_weights(script, *target)[name])
 
 
-def test_network_and_target_network_start_alike(script, monkeypatch):
+def test_all_networks_start_alike(script, monkeypatch):
     use_network(monkeypatch, script, "linear")
     state = create_state(script, script.Args())
-    trained, target = weights(network(state)), weights(network(state, "target"))
-    assert trained.keys() == target.keys()
-    assert all(np.array_equal(trained[name], target[name]) for name in trained)
+    trained = weights(network(state))
+    for role in ("target", "player")[: 1 + is_qdagger(script)]:
+        copy = weights(network(state, role))
+        assert trained.keys() == copy.keys()
+        assert all(np.array_equal(trained[name], copy[name]) for name in trained)
 
 
 def test_the_target_network_moves_by_tau(script, monkeypatch):

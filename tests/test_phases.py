@@ -3,6 +3,7 @@
 What needs no framework is the same text in PyTorch and JAX (test_same_text.py), and tested in PyTorch.
 """
 
+import time
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,7 +20,7 @@ from both_scripts import (
     linear_weights,
     name_of,
 )
-from rehearsal import NoGame, NoRun, rehearsal_args, rehearse, td_losses_by_the_rules
+from rehearsal import NoGame, NoRun, RandomGame, rehearsal_args, rehearse, td_losses_by_the_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +72,18 @@ def test_epsilon_and_the_gradient_steps_do_not_depend_on_the_number_of_environme
     # The published scripts learn in every fourth step that is above learning_starts.
     steps = [step - before for step, _ in happened.points["losses/td_loss"]]
     assert steps == [step for step in range(241) if step > 50 and step % 4 == 0]
+
+
+def test_the_offline_loss_is_the_td_loss_and_the_weighted_distillation_loss():
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(196, 6)).astype(np.float32), rng.normal(size=6).astype(np.float32)
+    teacher = linear_teacher(TORCH, kernel / 8, bias)
+    start = linear_weights(TORCH, 0 * kernel, 0 * bias)
+    happened = rehearse(TORCH, 8, RandomGame, teacher=teacher, start=start, distill_weight=3.0)
+    names = ("loss", "q_loss", "distill_loss")
+    loss, td_loss, distill_loss = [happened.values(f"charts/offline/{name}") for name in names]
+    np.testing.assert_allclose(loss, td_loss + 3 * distill_loss, rtol=1e-5)
+    assert distill_loss.min() > 0
 
 
 def test_epsilon_falls_from_start_to_end_while_the_teacher_plays():
@@ -203,6 +216,22 @@ def test_the_network_is_evaluated_online_as_often_as_it_is_said(algorithm):
     assert happened.actions == never.actions
 
 
+def test_evaluations_have_as_many_games_as_their_options_say(algorithm):
+    frequency = "online_eval_frequency" if is_qdagger(algorithm) else "eval_frequency"
+    options = {"eval_episodes": 4, frequency: 100}
+    if not is_qdagger(algorithm):
+        assert set(rehearse(algorithm, 8, **options).run.num_games) == {4}
+        return
+    options |= {"teacher_eval_episodes": 3}
+    happened = rehearse(algorithm, 8, **options)
+    assert {name.partition("-")[0] for name in happened.run.played} == {"offline", "online"}
+    assert set(happened.run.num_games) == {4}
+    run = NoRun(NoGame)
+    teacher = linear_teacher(algorithm, np.zeros((196, NUM_ACTIONS), np.float32), np.zeros(NUM_ACTIONS))
+    algorithm.evaluate_teacher(rehearsal_args(algorithm, 8, **options), happened.state, teacher, run)
+    assert run.num_games == [3]
+
+
 def test_a_checkpoint_can_be_made_before_every_step_and_call(algorithm):
     happened = rehearse(algorithm, 8, loss_interval=100)
     steps = 240 // 8 + (48 // 8 + 30 if is_qdagger(algorithm) else 0)
@@ -214,6 +243,23 @@ def test_points_come_every_thousand_environment_steps_and_at_the_end(algorithm):
     before = 30 if is_qdagger(algorithm) else 0
     assert [step - before for step, _ in happened.points["charts/SPS"]] == [1002, 2001, 2100]
     assert [step - before for step, _ in happened.points["charts/epsilon"]] == [1002, 2001, 2100]
+
+
+def test_sps_are_the_steps_of_training_by_its_seconds(algorithm, monkeypatch):
+    """Those of the evaluations do not count."""
+    play = NoRun.play
+
+    def slow_play(*arguments, **settings):
+        time.sleep(1.0)
+        return play(*arguments, **settings)
+
+    monkeypatch.setattr(NoRun, "play", slow_play)
+    frequency = "online_eval_frequency" if is_qdagger(algorithm) else "eval_frequency"
+    started = time.monotonic()
+    happened = rehearse(algorithm, 8, **{frequency: 100})  # two evaluations
+    seconds = happened.state.online_seconds if is_qdagger(algorithm) else happened.state.seconds
+    assert 0 < seconds < time.monotonic() - started - 1.9
+    assert happened.points["charts/SPS"][-1][1] == pytest.approx(240 / seconds)
 
 
 @pytest.mark.parametrize("script", [JAX, DQN_JAX], ids=name_of)

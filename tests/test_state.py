@@ -1,6 +1,7 @@
 """A run's state in a checkpoint: each field comes back by its kind, or the run does not start."""
 
 import dataclasses
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from both_scripts import ROOT, run_python
 from replays import Stream, filled, make_replay
 from torch import nn
 
@@ -190,14 +192,24 @@ def test_the_optimizers_settings_are_the_runs_not_the_files():
     train(resumed.network, resumed.optimizer, resumed.rng, steps=1)  # with what those settings need
 
 
-def test_what_jax_restores_is_on_the_device_where_it_was():
-    device = jax.devices("cpu")[0]
-    resumed = new_state()
-    resumed.learner = jax.device_put(resumed.learner, device)
-    restore(resumed, saved(new_state(1)))
-    for leaf in jax.tree.leaves(resumed.learner):
-        assert isinstance(leaf, jax.Array)
-        assert leaf.devices() == {device}
+ON_A_SECOND_DEVICE = """
+import jax
+from test_state import new_state, restore, saved
+second = jax.devices()[1]
+resumed = new_state()
+resumed.learner = jax.device_put(resumed.learner, second)
+restore(resumed, saved(new_state(1)))
+print({leaf.devices() == {second} for leaf in jax.tree.leaves(resumed.learner)})
+"""
+
+
+def test_what_jax_restores_is_on_the_device_where_it_was(tmp_path):
+    variables = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    status, output, errors = run_python(tmp_path, "-c", ON_A_SECOND_DEVICE, **variables)
+    assert (status, output) == (0, "{True}\n"), errors
 
 
 def wide_adam() -> torch.optim.Optimizer:

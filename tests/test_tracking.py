@@ -112,9 +112,10 @@ def test_where_nobody_is_logged_in_one_line_and_no_question_ends_the_command(tmp
 def test_a_resumed_run_stays_one(monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    Tracker("run", "project", None, {"seed": 1})
+    Tracker("run", "project", "team", {"seed": 1})
     settings = wandb.init.call_args.kwargs
     assert (settings["id"], settings["resume"]) == ("run", "allow")
+    assert (settings["project"], settings["entity"], settings["save_code"]) == ("project", "team", True)
 
 
 def test_without_wandb_one_line_says_what_to_do(monkeypatch):

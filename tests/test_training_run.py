@@ -18,6 +18,7 @@ import pytest
 import torch
 from both_scripts import read_curves, run_python
 from exact_kills import EnvsInThisProcess
+from rehearsal import RandomGame
 from replays import NUM_ACTIONS, Stream, fill, make_replay
 from torch import nn
 
@@ -641,3 +642,16 @@ def test_the_final_mean_is_plotted_at_the_gradient_steps():
         run.state.gradient_steps = 17
         run.finish([1.0, 4.0])
     assert read_curves(run.folder)["eval/avg_episodic_return"] == [(17, 2.5)]
+
+
+def test_the_environments_of_training_have_the_runs_options(monkeypatch):
+    made = []
+
+    def make(env_fns: list) -> RandomGame:
+        made.extend(env_fn.args for env_fn in env_fns)
+        return RandomGame(len(env_fns))
+
+    monkeypatch.setattr(training_run, "ParallelEnvs", make)
+    with killed_run(repeat_action_probability=0.25) as run, run.open_envs(2, seed=(1, 2)):
+        pass
+    assert made == [("Pong", 0.25)] * 2

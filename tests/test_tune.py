@@ -319,3 +319,12 @@ def test_a_wrong_option_is_one_line(tmp_path, words, says):
     assert status == 1
     (line,) = errors.splitlines()
     assert says in line
+
+
+def test_the_seed_is_that_of_every_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trials.RECORDS.mkdir(parents=True)
+    study = open_study(trials.RECORDS / "study.db", "study", 5, 0)
+    space = {"quality": FloatDistribution(0, 1)}
+    search = trials.Search(study, ("python", "script.py"), "PongNoFrameskip-v4", 5, space)
+    assert [search.next().job.plan.seed for _ in range(2)] == [5, 5]

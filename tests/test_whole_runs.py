@@ -2,12 +2,14 @@
 
 import re
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from both_scripts import DQN_JAX, DQN_TORCH, JAX, SCRIPTS, TORCH, is_qdagger, name_of, read_curves
+from both_scripts import DQN_JAX, DQN_TORCH, JAX, SCRIPTS, TORCH, is_qdagger, name_of, read_curves, read_model
 from rehearsal import RandomGame, options_of, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +23,7 @@ from cleanrl.utils.run.charts import (
     ONLINE_RETURN,
     TAGS,
 )
+from cleanrl.utils.run.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What only QDagger plots, beside the curves of its first two phases.
@@ -177,3 +180,29 @@ def test_a_run_that_stops_early_keeps_what_it_has_learned(
     of_phase = {"mine", "mine-offline"} if is_qdagger(algorithm) else {"mine"}
     assert models(Path("runs")) == (of_phase if has_learned else set())
     assert not list(Path("replay").glob("*"))
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_moving_average_is_what_a_run_ends_with(qdagger, train, monkeypatch, is_stopped):
+    """Here it never moves from the 1 that it starts from."""
+    play, step_async, played, steps = TrainingRun.play, RandomGame.step_async, {}, []
+
+    def recording_play(run: TrainingRun, name: str, compute_q_values: Callable, *others, **settings):
+        played[name] = compute_q_values(np.zeros((1, 4, 84, 84), np.uint8)).max()
+        return play(run, name, compute_q_values, *others, **settings)
+
+    def stopping_step_async(games: RandomGame, actions: np.ndarray) -> None:
+        steps.append(actions)
+        if is_stopped and len(steps) == 14:
+            signal.raise_signal(signal.SIGTERM)
+        step_async(games, actions)
+
+    monkeypatch.setattr(TrainingRun, "play", recording_play)
+    monkeypatch.setattr(RandomGame, "step_async", stopping_step_async)
+    with suppress(SystemExit):
+        train(qdagger, average_decay=1.0, learning_rate=0.1)
+    name = name_of(qdagger)
+    (model,) = Path("runs").rglob(f"{name}.cleanrl_model")
+    assert list(read_model(qdagger, model).values()) == [1.0]
+    assert ("final" in played) != is_stopped
+    assert {value for name, value in played.items() if name != "teacher"} == {1.0}
