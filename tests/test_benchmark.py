@@ -78,7 +78,9 @@ def test_every_game_and_seed_is_run_by_as_many_workers(capsys):
     output = capsys.readouterr().out
     for game in GAMES:
         for seed in (3, 4):
-            assert re.search(rf"^{game} +fake_training  {seed}  done  0:00:0\d  runs/{game}__", output, re.M)
+            assert re.search(
+                rf"^{game} +fake_training  {seed}  done  0:0\d:\d\d  runs/{game}__", output, re.M
+            )
     assert "4 runs: 4 done" in output
 
 
@@ -120,7 +122,7 @@ def test_done_means_done_with_this_very_command(capsys):
     (longer,) = Path("runs").glob(f"{GAME}__longer__1__*")
     assert (longer / "longer.cleanrl_model").read_text() == fake_training.result(1, 30)
     capsys.readouterr()
-    assert run(f"{sys.executable} fake_training.py") == 0  # another name of the same Python
+    assert run(f"{shlex.quote(sys.executable)} fake_training.py") == 0  # another name of the same Python
     assert "1 of them already done" in capsys.readouterr().out
 
 

@@ -121,7 +121,7 @@ def test_dqn_makes_a_teacher_and_a_replay_that_qdagger_takes(dqn, tmp_path):
 
 def wait_for_progress(process: subprocess.Popen, phase: str, least: int) -> None:
     """Waits until the log says that a phase has come so far."""
-    errors, deadline = "", time.monotonic() + 180
+    errors, deadline = "", time.monotonic() + 600
     while time.monotonic() < deadline:
         if select.select([process.stderr], [], [], 1)[0]:
             chunk = os.read(process.stderr.fileno(), 1 << 16).decode(errors="replace")

@@ -158,7 +158,7 @@ def test_cached_file_is_used_when_the_hub_fails(tmp_path):
     gone = run_download(server.url, tmp_path)
     for outcome in (offline, failing, silent, gone):
         assert (outcome.status, outcome.out, outcome.err) == (0, first.out, "")
-        assert outcome.elapsed_s < 10
+        assert outcome.elapsed_s < 30
 
 
 @pytest.mark.slow

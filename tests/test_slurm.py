@@ -26,7 +26,7 @@ def cluster(tmp_path) -> Path:
     shutil.copy(ROOT / "tests" / "fake_training.py", tmp_path / "cleanrl/qdagger_dqn_atari_impalacnn.py")
     options = f"--step-s 0.05 --total-timesteps {STEPS}"
     for name, text in {
-        "python": f'exec {sys.executable} "$@" {options}',
+        "python": f'exec "{sys.executable}" "$@" {options}',
         "srun": 'echo $$ > step.pid\nexec "$@"',
         "scontrol": 'echo "$@" >> scontrol.log',
     }.items():

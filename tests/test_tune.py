@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import time
@@ -24,7 +25,7 @@ from cleanrl.utils.tune.results import table
 from cleanrl.utils.tune.space import parse_space
 from cleanrl.utils.tune.trials import open_study
 
-COMMAND = f"python {ROOT / 'tests' / 'fake_training.py'} --eval-episodes 2"
+COMMAND = f"python {shlex.quote(str(ROOT / 'tests' / 'fake_training.py'))} --eval-episodes 2"
 SEARCH = ["-m", "cleanrl.utils.tune", "--env-id", "PongNoFrameskip-v4", "--study", "pong"]
 
 
