@@ -1,6 +1,7 @@
 """A run's state in a checkpoint: each field comes back by its kind, or the run does not start."""
 
 import dataclasses
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -158,6 +159,46 @@ def test_a_field_that_cannot_be_saved_is_named(value):
     state = dataclasses.make_dataclass("Longer", ["step", "added"])(0, value)
     with pytest.raises(TypeError, match=r"^Longer\.added cannot be saved in a checkpoint: .+"):
         check_fields(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("lowest_return", float, -20.7),
+        ("balance", int, -1),
+        ("highest_return", float | None, None),
+        ("highest_return", float | None, -20.7),
+        ("returns", list[float], [-1.0, 2.0]),
+    ],
+)
+def test_numbers_of_a_new_field_may_be_negative(name, kind, value):
+    longer = dataclasses.make_dataclass("Longer", [(name, kind)])
+    check_fields(longer(value))
+    resumed = longer(kind(0) if kind in (int, float) else None)
+    restore(resumed, saved(longer(value)))
+    assert getattr(resumed, name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("highest_return", float, -math.inf),
+        ("highest_return", float | None, math.nan),
+        ("array", np.ndarray, np.array([0.0, np.nan])),
+        ("number", int, 10**13),
+        ("number", int, "3"),
+        ("played_step", int, -1),
+        ("seconds", float, -0.1),
+    ],
+)
+def test_what_would_not_be_restored_is_an_error_at_the_start(name, kind, value):
+    longer = dataclasses.make_dataclass("Longer", [(name, kind)])
+    with pytest.raises(
+        TypeError, match=rf"^Longer\.{name} cannot be saved in a checkpoint: a value must be of "
+    ):
+        check_fields(longer(value))
+    with pytest.raises(DamagedError, match=f"its {name} cannot be that of a run"):
+        restore(longer(None), saved(longer(value)))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -23,10 +23,14 @@ from cleanrl.utils.storage import DamagedError, pack
 
 
 def check_fields(state: Any) -> None:
-    """Raises TypeError with the name of the first field that cannot be saved."""
+    """Raises TypeError with the name of the first field that cannot be saved, or would not be restored."""
+    kinds = {field.name: field.type for field in dataclasses.fields(state)}
     for name, value in vars(state).items():
         try:
-            pack(_capture(value))
+            content = _capture(value)
+            pack(content)
+            if not _can_be(content, name, kinds[name]):
+                raise TypeError("a value must be of the field's type, finite, and not negative if it counts")
         except TypeError as error:
             kind = type(state).__name__
             raise TypeError(f"{kind}.{name} cannot be saved in a checkpoint: {error}") from None
@@ -59,7 +63,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     for name, content in saved.items():
         value = getattr(state, name)
         try:
-            is_sound = is_finite(content) and _can_be(content, kinds[name])
+            is_sound = _can_be(content, name, kinds[name])
             if is_sound:
                 setattr(state, name, _restore(value, content))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -79,11 +83,14 @@ def is_finite(content: Any) -> bool:
     return True
 
 
-def _can_be(content: Any, kind: Any) -> bool:
-    """Whether a field of that type can have a value; numbers that count or measure time are not negative."""
+def _can_be(content: Any, name: str, kind: Any) -> bool:
+    """Whether a field can have a value. What counts, by its name steps or seconds, is not negative."""
+    if not is_finite(content):
+        return False
     if not _is_of_numbers(kind):
         return True
-    return is_number_of_a_run(content, kind) and not (kind in (int, float) and content < 0)
+    counts = kind in (int, float) and name.endswith(("step", "steps", "seconds"))
+    return is_number_of_a_run(content, kind) and not (counts and content < 0)
 
 
 def is_number_of_a_run(content: Any, kind: Any) -> bool:
