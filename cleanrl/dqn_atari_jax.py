@@ -23,7 +23,7 @@ from cleanrl.utils.shell import prepare_command
 # ----------------------------------------------------------------------------------------------- options
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(unsafe_hash=True)  # JAX compiles for its values
 class Args(RunOptions):
     exp_name: Name = Path(__file__).stem
 
@@ -110,7 +110,7 @@ class NoopReset(gym.Wrapper):
 class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker.
 
-    The maximum is that of the colours; then it turns grey, uint8 (height, width). Other frames are not drawn.
+    The maximum is taken of the colours, then turned to grey, uint8 (height, width).
     """
 
     def __init__(self, env: gym.Env):
@@ -156,7 +156,7 @@ class EpisodicLife(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self.unwrapped.ale.lives()
-        # 0 lives without a game over is not the end yet: some games show it for a few frames before that.
+        # Some games show 0 lives for a few frames before they are over.
         terminated = terminated or 0 < lives < self.lives
         self.lives = lives
         return observation, reward, terminated, truncated, info
@@ -182,10 +182,10 @@ def make_env(
     video_folder: Path | None = None,
 ) -> gym.Env:
     """Makes an Atari game, preprocessed as in Mnih et al. (2015): observations uint8 (4, 84, 84)."""
-    cv2.setNumThreads(1)  # the workers are the parallelism
+    cv2.setNumThreads(1)  # the workers already take the cores
     env = gym.make(
         env_id,
-        obs_type="ram",  # the screen is drawn where it is shown: half the frames
+        obs_type="ram",  # MaxAndSkip renders the frames that it shows
         repeat_action_probability=0.0,  # ALE's own sticky actions are not in the state that it can save
         max_num_frames_per_episode=max_game_frames,
         render_mode="rgb_array" if video_folder else None,
@@ -311,12 +311,12 @@ def update(args: Args, learner: Learner, frames: Array, batches: Batch) -> tuple
             return loss, {"td_loss": loss, "q_values": q_values.mean()}
 
         gradients, losses = jax.grad(compute_loss, has_aux=True)(learner.q_network)
-        steps, optimizer_state = optax.adam(args.learning_rate).update(gradients, learner.optimizer_state)
-        q_network = optax.apply_updates(learner.q_network, steps)
+        updates, optimizer_state = optax.adam(args.learning_rate).update(gradients, learner.optimizer_state)
+        q_network = optax.apply_updates(learner.q_network, updates)
         return learner.replace(q_network=q_network, optimizer_state=optimizer_state), losses
 
-    # A loop makes convolutions ten times slower on a CPU, and on a GPU costs more launches than it saves in 1
-    # or 2 steps. A scan is no loop if it is unrolled further than it is long.
+    # On a CPU, convolutions in a loop are ten times slower; on a GPU, a loop of 1 or 2 steps costs more
+    # launches than it saves. Unrolled beyond its length, a scan is no loop.
     unroll = 1 if jax.default_backend() != "cpu" and len(batches.actions) > 2 else len(batches.actions) + 1
     learner, losses = lax.scan(gradient_step, learner, batches, unroll=unroll)
     return learner, {name: values[-1] for name, values in losses.items()}
@@ -331,7 +331,7 @@ def learn(args: Args, state: TrainState, num_steps: int) -> Losses:
 
 
 def steps_per_call(state: TrainState) -> int:
-    """The most gradient steps in one call of `learn`. For a CPU, XLA compiles each of them by itself."""
+    """The most gradient steps in one call of `learn`; on a CPU compile time grows with their number."""
     return 2 if state.device.platform == "cpu" else 10
 
 
@@ -360,7 +360,7 @@ def compute_q_values(network: QFunction, observations: np.ndarray) -> np.ndarray
 
 
 def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
-    """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is one for all or one for each."""
+    """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
 
@@ -400,8 +400,8 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 def evaluate(args: Args, state: TrainState, run: TrainingRun) -> float:
     """The network's mean return with ε = `end_e`."""
-    player = partial(compute_q_values, state.q_network)
-    mean_return = float(np.mean(run.play(f"online-{state.step}", player, args.eval_episodes, state.step)))
+    q_values = partial(compute_q_values, state.q_network)
+    mean_return = float(np.mean(run.play(f"online-{state.step}", q_values, args.eval_episodes, state.step)))
     run.plot({"charts/online/avg_episodic_return": mean_return}, state.step)
     run.say(f"step {state.step:,}: mean return {mean_return:.2f}")
     state.evaluated_step = state.step
@@ -409,9 +409,9 @@ def evaluate(args: Args, state: TrainState, run: TrainingRun) -> float:
 
 
 def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
-    """Does the gradient steps and target updates that the environment steps so far call for, in order."""
+    """Performs, in order, the gradient steps and target updates that are due."""
     last_step = min(state.step, args.total_timesteps)
-    num_due = 0  # gradient steps to be done in one call
+    num_due, most_due = 0, steps_per_call(state)  # gradient steps to be done in one call
     for step in range(state.learned_step + 1, last_step + 1):
         state.learned_step = step
         if step <= args.learning_starts:
@@ -422,8 +422,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_last = step + args.train_frequency > args.total_timesteps
             is_plotted = is_last or (state.gradient_steps + num_due) % LOSS_INTERVAL == 0
         updates_target = step % args.target_network_frequency == 0
-        is_full = num_due == steps_per_call(state)
-        if num_due and (is_full or is_plotted or updates_target or step == last_step):
+        if num_due and (num_due == most_due or is_plotted or updates_target or step == last_step):
             losses = learn(args, state, num_due)
             num_due = 0
             if is_plotted:

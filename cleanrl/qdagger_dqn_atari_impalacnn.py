@@ -28,7 +28,7 @@ from cleanrl.utils.shell import prepare_command
 # ----------------------------------------------------------------------------------------------- options
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(unsafe_hash=True)  # JAX compiles for its values
 class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
@@ -60,7 +60,7 @@ class Args(TeacherOptions):
     batch_size: PositiveInt = 32
     """transitions per gradient step"""
     start_e: Fraction = 1.0
-    """epsilon at the start"""
+    """epsilon at the start of the teacher's play, and of the student's schedule"""
     end_e: Fraction = 0.01
     """epsilon at the end and in every evaluation"""
     exploration_fraction: Fraction = 0.10
@@ -108,7 +108,7 @@ PRESETS = {  # what --preset stands for; options beside it win
         "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"
         " --final-learning-rate 1e-5 --target-network-frequency 8000 --exploration-steps 50000"
         " --learning-starts 20000 --offline-steps 1000000 --temperature 0.1 --distill-weight 3.0"
-        " --distill-steps 1500000 --return-normalization random"
+        " --distill-steps 1500000 --total-timesteps 2500000 --return-normalization random"
     ),
 }
 
@@ -116,7 +116,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_command()
     ARGS = read_arguments(Args, PRESETS)
 
-# PyTorch's threads spin while they wait; by default so long that they take the cores from the workers.
+# By default PyTorch's threads busy-wait so long that they take the cores from the environments' workers.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import cv2
@@ -144,7 +144,7 @@ from cleanrl.utils.weights.agents import read_agent
 RECENT_GAMES = 10  # whose mean return sets the distillation coefficient
 LOSS_INTERVAL = 100  # gradient steps between two points of a loss curve
 CHART_INTERVAL = 1000  # environment steps between two points of the other curves
-FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, what the games of a phase start from
+FILL_SEED, ONLINE_SEED = 1, 2  # with --seed, the seeds of a phase's environments
 
 
 # ------------------------------------------------------------------------------------------- environment
@@ -165,7 +165,7 @@ class NoopReset(gym.Wrapper):
 class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames; shows the pixel-wise maximum of the last 2, as some sprites flicker.
 
-    The maximum is that of the colours; then it turns grey, uint8 (height, width). Other frames are not drawn.
+    The maximum is taken of the colours, then turned to grey, uint8 (height, width).
     """
 
     def __init__(self, env: gym.Env):
@@ -211,7 +211,7 @@ class EpisodicLife(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self.unwrapped.ale.lives()
-        # 0 lives without a game over is not the end yet: some games show it for a few frames before that.
+        # Some games show 0 lives for a few frames before they are over.
         terminated = terminated or 0 < lives < self.lives
         self.lives = lives
         return observation, reward, terminated, truncated, info
@@ -237,10 +237,10 @@ def make_env(
     video_folder: Path | None = None,
 ) -> gym.Env:
     """Makes an Atari game, preprocessed as in Mnih et al. (2015): observations uint8 (4, 84, 84)."""
-    cv2.setNumThreads(1)  # the workers are the parallelism
+    cv2.setNumThreads(1)  # the workers already take the cores
     env = gym.make(
         env_id,
-        obs_type="ram",  # the screen is drawn where it is shown: half the frames
+        obs_type="ram",  # MaxAndSkip renders the frames that it shows
         repeat_action_probability=0.0,  # ALE's own sticky actions are not in the state that it can save
         max_num_frames_per_episode=max_game_frames,
         render_mode="rgb_array" if video_folder else None,
@@ -476,16 +476,16 @@ def move(network: nn.Module, towards: nn.Module, weight: float) -> None:
 
 @OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
 def update(
-    args: Args, state: TrainState, frames: Tensor, batch: Batch, distill_weight: np.ndarray | Tensor
+    args: Args, state: TrainState, frames: Tensor, batch: Batch, distill_coeff: np.ndarray | Tensor
 ) -> Losses:
-    """One gradient step; its losses and the mean of Q(s, a) stay on the device."""
+    """One gradient step with λ = `distill_coeff`; its losses and the mean of Q(s, a) stay on the device."""
     with torch.no_grad():
         next_q_values = state.target_network(frames[batch.next_stacks])
         targets = td_targets(batch.rewards, batch.terminations, batch.discounts, next_q_values)
     q_values = state.student(frames[batch.stacks])
     td = td_loss(q_values, batch.actions, targets, args.td_loss)
     distill = distill_loss(q_values, batch.teacher_q_values, args.temperature)
-    loss = td + distill_weight * distill
+    loss = td + distill_coeff * args.distill_weight * distill
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
@@ -501,14 +501,13 @@ def learn(args: Args, state: TrainState, replay: ReplayBuffer, distill_coeffs: l
     for index, distill_coeff in enumerate(distill_coeffs):
         frames, batch = replay.frames.place(batches.at(index), state.device)
         set_learning_rate(state.optimizer, learning_rate(args, min(distill_coeff, 1.0)))
-        distill_weight = np.array(distill_coeff * args.distill_weight, np.float32)
-        losses = update(args, state, frames, batch, distill_weight)
+        losses = update(args, state, frames, batch, np.array(distill_coeff, np.float32))
     state.gradient_steps += len(distill_coeffs)
     return {name: loss.clone() for name, loss in losses.items()}  # on a GPU the next step overwrites them
 
 
 def steps_per_call(state: TrainState) -> int:
-    """The most gradient steps in one call of `learn`, which nothing interrupts."""
+    """The most gradient steps in one call of `learn`, during which no checkpoint can be made."""
     return 1 if state.device.type == "cpu" else 10
 
 
@@ -525,7 +524,7 @@ def forward(networks: nn.Module | tuple[nn.Module, ...], observations: np.ndarra
 
 
 def compute_q_values(networks: nn.Module | tuple[nn.Module, ...], observations: np.ndarray) -> np.ndarray:
-    """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84); of each network of a tuple."""
+    """Q-values float32 (n, num_actions), of k networks (k, …), of observations uint8 (n, 4, 84, 84)."""
     return forward(networks, observations).cpu().numpy()
 
 
@@ -533,15 +532,15 @@ def compute_q_values(networks: nn.Module | tuple[nn.Module, ...], observations: 
 
 
 def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
-    """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is one for all or one for each."""
+    """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
 
 
 def evaluate_teacher(args: Args, state: TrainState, teacher: Teacher, run: TrainingRun) -> None:
     """Measures G_T."""
-    player, num_games = partial(compute_q_values, teacher), args.teacher_eval_episodes
-    returns = run.play("teacher", player, num_games, 0, teacher.sampling_temperature)
+    q_values = partial(compute_q_values, teacher)
+    returns = run.play("teacher", q_values, args.teacher_eval_episodes, 0, teacher.sampling_temperature)
     state.teacher_return = float(np.mean(returns))
     run.say(f"teacher: mean return {state.teacher_return:.2f}")
     run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, 0)
@@ -604,7 +603,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
 def distill_coefficient(args: Args, state: TrainState, online_step: int) -> float:
     """λ_t = 1[t < t0] · max(1 − G / G_T, 0), G and G_T measured from 0 or from the random player's return.
 
-    G is the mean return of the last 10 finished games; until there are 10, λ = 1[t < t0].
+    G is the mean return of the last 10 finished games, until which λ = 1[t < t0]. Where G < 0, λ exceeds 1.
     """
     if args.distill_steps is not None and online_step >= args.distill_steps:
         return 0.0
@@ -657,8 +656,9 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
 
 
 def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
-    """Does the gradient steps and target updates that the environment steps so far call for, in order."""
+    """Performs, in order, the gradient steps and target updates that are due."""
     last_step = min(state.online_step, args.total_timesteps)
+    most_due = steps_per_call(state)
     due: list[float] = []  # distillation coefficients of the gradient steps to be done in one call
     for step in range(state.learned_step + 1, last_step + 1):
         state.learned_step = step
@@ -670,8 +670,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
             is_last = step + args.train_frequency > args.total_timesteps
             is_plotted = is_last or (state.gradient_steps + len(due)) % LOSS_INTERVAL == 0
         updates_target = step % args.target_network_frequency == 0
-        is_full = len(due) == steps_per_call(state)
-        if due and (is_full or is_plotted or updates_target or step == last_step):
+        if due and (len(due) == most_due or is_plotted or updates_target or step == last_step):
             losses = learn(args, state, state.student_replay, due)
             due = []
             if is_plotted:
@@ -697,7 +696,7 @@ def main(args: Args) -> None:
         if state.phase == "teacher":
             if args.teacher_replay_path:
                 load_replay(args, state.teacher_replay, partial(compute_q_values, teacher))
-            else:
+            elif args.offline_steps:
                 fill_teacher_replay(args, state, teacher, run)
             state.phase = "offline"
 

@@ -193,8 +193,18 @@ def test_a_checkpoints_good_options_are_taken(options, monkeypatch):
 
 
 def test_what_is_only_odd_gets_a_warning(capsys):
-    check_arguments(QDaggerArgs(total_timesteps=100, learning_starts=100))
-    assert "--learning-starts 100 is not below --total-timesteps 100: nothing" in capsys.readouterr().err
+    check_arguments(QDaggerArgs(total_timesteps=104, learning_starts=100))  # one gradient step
+    assert capsys.readouterr().err == ""
+    for options, first_step in [
+        ({"learning_starts": 104}, 108),
+        ({"train_frequency": 200}, 200),
+        ({"n_step": 14, "train_frequency": 1, "teacher_steps": 112}, 105),
+    ]:
+        check_arguments(QDaggerArgs(**{"total_timesteps": 104, "learning_starts": 0} | options))
+        assert capsys.readouterr().err.endswith(
+            f" the first online gradient step comes at {first_step}, after --total-timesteps 104:"
+            " nothing will be learned online\n"
+        )
     check_arguments(QDaggerArgs(total_timesteps=1500, learning_starts=0, num_envs=8))
     assert (
         "--total-timesteps 1500 is rounded up to 1504, a multiple of --num-envs 8" in capsys.readouterr().err

@@ -147,8 +147,8 @@ def baked_coefficient(monkeypatch: pytest.MonkeyPatch) -> None:
     update = TORCH.update.function
     held = []
 
-    def update_with_a_number(args: Any, state: Any, frames: Any, batch: Any, distill_weight: Any) -> Any:
-        held[:] = held or [distill_weight.clone()]  # as a number of the host would be
+    def update_with_a_number(args: Any, state: Any, frames: Any, batch: Any, distill_coeff: Any) -> Any:
+        held[:] = held or [distill_coeff.clone()]  # as a number of the host would be
         return update(args, state, frames, batch, held[0])
 
     monkeypatch.setattr(TORCH.update, "function", update_with_a_number)

@@ -77,6 +77,7 @@ def test_a_preset_gives_other_defaults_and_an_option_beside_it_wins(script, monk
         "offline_steps": 1_000_000, "learning_starts": 20_000, "target_network_frequency": 8000,
         "td_loss": "huber", "adam_epsilon": 1.5e-4, "final_learning_rate": 1e-5, "exploration_steps": 50_000,
         "repeat_action_probability": 0.25, "return_normalization": "random", "dense_width": 512,
+        "total_timesteps": 2_500_000,
     }  # fmt: skip
     for words in (("--preset", "paper", "--n-step", "2"), ("--n-step", "2", "--preset", "paper")):
         assert parsed(*words) == paper | {"n_step": 2}

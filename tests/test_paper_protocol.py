@@ -17,6 +17,7 @@ PAPER = {
     "distill_weight": 3.0,
     "distill_steps": 1_500_000,
     "offline_steps": 1_000_000,
+    "total_timesteps": 2_500_000,
     "learning_starts": 20_000,
     "target_network_frequency": 8000,
     "td_loss": "huber",

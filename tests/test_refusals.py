@@ -51,6 +51,7 @@ NONSENSE = [
     ("--num-envs 0", ["--num-envs 0", "between 1 and 4096"]),
     ("--seed 4294967296", ["--seed 4294967296", "between 0 and 4294967295"]),
     ("--batch-size 11 --buffer-size 10", ["--batch-size 11", "--buffer-size 10"]),
+    ("--tau 0", ["--tau 0.0 must be above 0"]),
     ("--buffer-device cuda --no-cuda", ["--buffer-device cuda", "--no-cuda"]),
     ("--upload-model --no-save-model", ["--upload-model", "--no-save-model"]),
     ("--env-id CartPole-v1", ["CartPole-v1", "not an Atari game"]),
@@ -59,6 +60,7 @@ NONSENSE = [
 ]
 NONSENSE_OF_QDAGGER = [
     ("--teacher-steps 20 --n-step 3", ["--teacher-steps 20", "--n-step", "24"]),
+    ("--average-decay 1", ["--average-decay 1.0 must be below 1"]),
     ("--teacher-model-path no.such.file", ["no.such.file", "does not exist"]),
     ("--teacher-replay-path no_such_folder", ["no_such_folder", "is not a folder"]),
     ("--env-id BreakoutNoFrameskip-v4", [str(PONG_TEACHER), "6 actions", "4"]),

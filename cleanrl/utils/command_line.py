@@ -166,6 +166,10 @@ def check_arguments(args: Args) -> Args:
     """
     count_actions(args.env_id)  # refuses what is no game
     check_bounds(args)
+    if args.tau == 0:
+        refuse("tau", args.tau, "must be above 0, or the target network never changes")
+    if getattr(args, "average_decay", 0) == 1:
+        refuse("average_decay", args.average_decay, "must be below 1, or the average never changes")
     if args.batch_size > args.buffer_size:
         refuse("batch_size", args.batch_size, f"must not exceed --buffer-size {args.buffer_size}")
     if args.buffer_device == "cuda" and not args.cuda:
@@ -183,10 +187,13 @@ def check_arguments(args: Args) -> Args:
             rounded = steps + -steps % args.num_envs
             name = option.replace("_", "-")
             warn(f"--{name} {steps} is rounded up to {rounded}, a multiple of --num-envs {args.num_envs}")
-    if args.learning_starts >= args.total_timesteps:
+    steps_before = max(args.learning_starts, fewest_steps - args.num_envs)
+    first_step = steps_before + args.train_frequency - steps_before % args.train_frequency
+    if first_step > args.total_timesteps:
         warn(
-            f"--learning-starts {args.learning_starts} is not below --total-timesteps "
-            f"{args.total_timesteps}: nothing will be learned online"
+            f"with --learning-starts {args.learning_starts} and --train-frequency {args.train_frequency} the"
+            f" first online gradient step comes at {first_step}, after --total-timesteps"
+            f" {args.total_timesteps}: nothing will be learned online"
         )
     return args
 
