@@ -30,7 +30,7 @@ import tyro
 if not __package__:  # started as a file: the helpers below lie beside it, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cleanrl.utils.bounds import Bounds, Fraction, NonNegativeInt, PositiveFloat, shown
+from cleanrl.utils.bounds import Bounds, Fraction, Name, NonNegativeInt, PositiveFloat, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.atari import count_actions
@@ -56,9 +56,11 @@ class Args:
     hf_revision: str | None = None
     """branch, tag or commit of that repository"""
     acts: Literal["auto", "argmax", "sample"] = "auto"
-    """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
+    """how the agent acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
     temperature: PositiveFloat = 1.0
     """temperature of the policy softmax(Q / temperature) of an agent that has Q-values"""
+    script: Name | None = None
+    """copy of a QDagger script, beside it in cleanrl/, whose networks and wrappers are used, as my_qdagger"""
 
     # game
     env_id: str | None = None
@@ -86,6 +88,9 @@ def find_agent(args: Args) -> tuple[Path | None, str]:
         SystemExit: with a one-line error if there is no such file or its game is unknown.
     """
     path = Path(args.agent)
+    is_repo = REPO.fullmatch(args.agent) and path.parts[0] != "runs"
+    if args.agent != RANDOM and not is_repo and not os.path.exists(path):
+        raise SystemExit(f"error: {shown(args.agent)} does not exist; check the path")
     env_id = args.env_id or next(reversed(GAME.findall(args.agent)), None)
     if env_id is None:
         fault = f"{shown(args.agent)} does not name its game"
@@ -100,7 +105,7 @@ def find_agent(args: Args) -> tuple[Path | None, str]:
                 f"error: {shown(path)} is not a folder of a run with one saved model; name the file itself"
             )
         return model, env_id
-    if os.path.exists(path) or not REPO.fullmatch(args.agent) or path.parts[0] == "runs":
+    if os.path.exists(path):
         return path, env_id
     file = args.hf_file or find_file(args.agent, args.hf_revision, advice=ADVICE)
     return download(args.agent, file, args.hf_revision, advice=ADVICE), env_id
@@ -120,17 +125,17 @@ def load_player(args: Args, path: Path | None, env_id: str) -> Player:
     Raises:
         SystemExit: with a one-line error if the file cannot be used for this game or with these packages.
     """
-    use_torch = find_spec("torch") is not None
-    script = importlib.import_module(f"cleanrl.qdagger_dqn_atari{'' if use_torch else '_jax'}_impalacnn")
-    if use_torch:
-        import torch
-
-        device = torch.device("cpu")
+    name = args.script or f"qdagger_dqn_atari{'' if find_spec('torch') else '_jax'}_impalacnn"
+    if not Path(__file__).with_name(f"{name}.py").is_file():
+        refuse("script", name, "is not in cleanrl/")
+    script = importlib.import_module(f"cleanrl.{name}")
+    if not hasattr(script, "load_teacher"):
+        refuse("script", name, "is no copy of a QDagger script")
+    if hasattr(script, "torch"):
+        device = script.torch.device("cpu")
     else:
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-        device = jax.devices("cpu")[0]
+        script.jax.config.update("jax_platforms", "cpu")
+        device = script.jax.devices("cpu")[0]
     make_env = partial(script.make_env, env_id, args.repeat_action_probability)
     num_actions = count_actions(env_id)
     if path is None:

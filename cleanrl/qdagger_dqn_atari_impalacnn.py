@@ -40,7 +40,7 @@ class Args(TeacherOptions):
     learning_rate: PositiveFloat = 1e-4
     """learning rate of Adam"""
     final_learning_rate: PositiveFloat | None = None
-    """learning rate at distillation coefficient 0, linear in it (the paper: 1e-5; default: constant)"""
+    """learning rate at a distillation coefficient of 0, linear in it (the paper: 1e-5; default: constant)"""
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
@@ -690,7 +690,7 @@ def main(args: Args) -> None:
 
     with TrainingRun(args, Path(__file__), state, make_env, model="player", teacher=teacher) as run:
         if state.teacher_return is None:
-            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
+            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games; its replay buffer is filled")
             evaluate_teacher(args, state, teacher, run)
         check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":

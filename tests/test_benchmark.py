@@ -126,6 +126,15 @@ def test_done_means_done_with_this_very_command(capsys):
     assert "1 of them already done" in capsys.readouterr().out
 
 
+def test_a_mistyped_option_can_be_corrected():
+    """No run came of it."""
+    assert run(QUICK + " --totl-timesteps 30") == 1
+    assert RECORD.exists()
+    assert run(QUICK + " --total-timesteps 30") == 0
+    (folder,) = Path("runs").glob("*__*")
+    assert (folder / "fake_training.cleanrl_model").read_text() == fake_training.result(1, 30)
+
+
 def test_a_failed_run_is_not_resumed_with_other_options():
     assert run(QUICK + " --fail-seed 1") == 1
     with pytest.raises(SystemExit, match="to start over"):
@@ -510,7 +519,8 @@ def test_what_a_run_prints_cannot_move_the_cursor(capsys):
     assert run("python other.py") == 1
     assert r"  error: \x1b[2J (see " in capsys.readouterr().out
     record = Path(f"runs/benchmark/{GAME}__other__1.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"command": ["\x1b[2J"]}))
+    changes = {"command": ["\x1b[2J"], "folder": f"{GAME}__other__1__7"}
+    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
     with pytest.raises(SystemExit) as end:
         run("python other.py")
     assert r" was started as `\x1b[2J`, not as `other.py`; " in end.value.code

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from both_scripts import ROOT, run_python
 
 from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
 from cleanrl.utils import bounds
@@ -201,16 +202,26 @@ def test_what_is_only_odd_gets_a_warning(capsys):
         ({"n_step": 14, "train_frequency": 1, "teacher_steps": 112}, 105),
     ]:
         check_arguments(QDaggerArgs(**{"total_timesteps": 104, "learning_starts": 0} | options))
-        assert capsys.readouterr().err.endswith(
-            f" the first online gradient step comes at {first_step}, after --total-timesteps 104:"
-            " nothing will be learned online\n"
-        )
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: nothing will be learned from the 104 environment steps of ")
+        assert warning.endswith(f" the first gradient step would come at step {first_step}\n")
     check_arguments(QDaggerArgs(total_timesteps=1500, learning_starts=0, num_envs=8))
     assert (
         "--total-timesteps 1500 is rounded up to 1504, a multiple of --num-envs 8" in capsys.readouterr().err
     )
     check_arguments(QDaggerArgs(num_envs=8))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("package", ["report", "benchmark", "tune", "hub.publish"])
+def test_help_says_how_a_package_is_started(package, tmp_path):
+    status, output, errors = run_python(
+        tmp_path, "-m", f"cleanrl.utils.{package}", "--help", PYTHONPATH=str(ROOT)
+    )
+    assert (status, errors) == (0, "")
+    assert output.startswith(f"usage: python -m cleanrl.utils.{package} [-h] ")
+    assert "default: )" not in output
+    assert "default: None" not in output
 
 
 def test_options_are_described_by_the_comments_and_docstrings_of_the_source():

@@ -1,6 +1,7 @@
 """cleanrl/enjoy.py: networks of every kind, whole games, and what a user can get wrong."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from unittest import mock
 
 import flax.serialization
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
+import cleanrl
 import cleanrl.qdagger_dqn_atari_impalacnn as torch_script
 import cleanrl.qdagger_dqn_atari_jax_impalacnn as jax_script
 from cleanrl import enjoy
@@ -89,6 +92,40 @@ def test_a_teacher_is_played_by_what_is_installed(tmp_path, monkeypatch, layout,
     player = load_player(path)
     np.testing.assert_allclose(player.q_values(OBSERVATIONS), teacher_q_values(), rtol=1e-4, atol=1e-5)
     assert player.make_env.func is {"torch": torch_script, "jax": jax_script}[installed].make_env
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_an_agent_of_a_copied_scripts_own_network_is_played_by_the_copy(tmp_path, monkeypatch, framework):
+    original = {"torch": torch_script, "jax": jax_script}[framework]
+    source = Path(original.__file__).read_text()
+    narrower = source.replace("16, pools_as_flax", "8, pools_as_flax").replace(
+        "ConvSequence(16,", "ConvSequence(8,"
+    )
+    narrower = narrower.replace("in (16, 32, 32)", "in (8, 32, 32)")
+    assert narrower != source
+    (tmp_path / "my_qdagger.py").write_text(narrower)
+    monkeypatch.setattr(enjoy, "__file__", str(tmp_path / "enjoy.py"))
+    monkeypatch.setattr(cleanrl, "__path__", [*cleanrl.__path__, str(tmp_path)])
+    script = importlib.import_module("cleanrl.my_qdagger")
+    try:
+        path = tmp_path / "agent"
+        if framework == "torch":
+            network = script.StudentNetwork(6)
+            torch.save(network.state_dict(), path)
+            expected = network(torch.tensor(OBSERVATIONS)).detach().numpy()
+        else:
+            network = script.StudentNetwork(6)
+            params = network.init(jax.random.key(0), OBSERVATIONS)
+            path.write_bytes(flax.serialization.to_bytes(params))
+            expected = network.apply(params, OBSERVATIONS)
+        player = load_player(path, script="my_qdagger")
+        np.testing.assert_allclose(player.q_values(OBSERVATIONS), expected, rtol=1e-4, atol=1e-5)
+        assert player.make_env.func is script.make_env
+        monkeypatch.undo()
+        with pytest.raises(SystemExit, match="the architecture is another one"):
+            load_player(path)
+    finally:
+        del sys.modules["cleanrl.my_qdagger"], cleanrl.my_qdagger
 
 
 def actor_critic(path: Path) -> Path:
@@ -185,12 +222,17 @@ def test_a_game_with_lives_is_played_until_it_is_over():
             {"json": Path("x"), "video_folder": Path("y")},
             "error: --json and --video-folder exclude each other",
         ),
-        ({"agent": "x.safetensors"}, "error: x.safetensors does not name its game; use --env-id"),
+        ({"agent": "x.safetensors"}, "error: x.safetensors does not exist; check the path"),
+        ({"agent": f"runs/{PONG}"}, f"error: runs/{PONG} does not exist; check the path"),
+        ({"agent": "me/agent"}, "error: me/agent does not name its game; use --env-id"),
         ({"env_id": "Pong"}, "error: --env-id Pong is not known"),
         ({"games": 0}, "error: --games 0 must be between 1 and 100000"),
         ({"games": 10**9}, "error: --games 1000000000 must be between 1 and 100000"),
         ({"seed": -1}, "error: --seed -1 must be at least 0"),
         ({"temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
+        ({"script": "none"}, "error: --script none is not in cleanrl/"),
+        ({"script": "dqn_atari"}, "error: --script dqn_atari is no copy of a QDagger script"),
+        ({"script": "../x"}, "error: --script ../x must be at most 100 letters"),
         ({"epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
         (
             {"video_folder": TEACHER / "videos"},
@@ -198,6 +240,7 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ),
         ({"agent": f"no-{PONG}"}, f"error: no-{PONG} does not exist"),
         ({"agent": f"{PONG}{'x' * 5000}"}, f"error: {PONG}xxx"),
+        ({"agent": f"me/{'x' * 5000}"}, "error: me/xxx"),
         ({"json": TEACHER / "x.json"}, f"error: --json {TEACHER / 'x.json'} cannot be created ("),
         ({"json": TEACHER.parent}, f"error: --json {TEACHER.parent} is not a file; name another"),
         ({"json": Path("/dev/null")}, "error: --json /dev/null is not a file; name another"),

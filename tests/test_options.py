@@ -83,6 +83,9 @@ def test_a_preset_gives_other_defaults_and_an_option_beside_it_wins(script, monk
         assert parsed(*words) == paper | {"n_step": 2}
     quick = parsed("--preset", "quick")
     assert quick["teacher_model_path"].is_file()
+    page = (ROOT / "docs" / "qdagger.md").read_text("utf-8")
+    (listed,) = re.findall(r"```text\n(--env-id .*?)```", page, re.S)
+    assert parsed(*listed.split()) == quick | {"preset": None, "teacher_model_path": None}
     # The runs in ../docs/results.md had these.
     assert {name: value for name, value in quick.items() if value != vars(script.Args())[name]} == {
         "preset": "quick", "env_id": "PongNoFrameskip-v4", "teacher_model_path": quick["teacher_model_path"],

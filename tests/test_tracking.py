@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from both_scripts import ROOT, read_curves
+from both_scripts import ROOT, read_curves, run_python
 from resume_runs import Command, tiny_options
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -125,6 +126,16 @@ def test_without_wandb_one_line_says_what_to_do(monkeypatch):
     assert end.value.code.startswith("error: --track needs Weights & Biases, which is not installed; ")
     assert "pip install -r requirements/requirements-track.txt" in end.value.code
     assert (ROOT / "requirements" / "requirements-track.txt").is_file()
+
+
+def test_a_variable_that_wandb_refuses_is_one_line(tmp_path):
+    program = "from cleanrl.utils.run.tracking import check_tracking; check_tracking('qdagger')"
+    status, _, errors = run_python(tmp_path, "-c", program, WANDB_MODE="onlin", PYTHONPATH=str(ROOT))
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert re.match(
+        "error: --track: Weights & Biases cannot be used (.*mode .*); check the WANDB variables", line
+    )
 
 
 @pytest.mark.parametrize("project", ["a:b", "a/b", "a#", "x" * 129])

@@ -208,7 +208,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_the_model_a_line_and_its_status
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf the GPU"),
             "error: CUDA out of memory. Tried to allocate 2 GiB.; end what else takes memory, or use "
-            "--buffer-device cpu or a smaller --buffer-size",
+            "--buffer-device cpu or a smaller --buffer-size or --batch-size",
         ),
     ],
     ids=lambda value: type(value).__name__,

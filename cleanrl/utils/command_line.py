@@ -55,7 +55,7 @@ def parse(args_type: type[Args], default: Args | None = None, words: Sequence[st
         value = getattr(default, field.name) if default else field.default
         settings = tyro.conf.arg(
             help=options[field.name].help,
-            help_behavior_hint="" if value is None else None,  # the text says what it means, not "None"
+            help_behavior_hint="" if value in (None, ()) else None,  # the text says what it means, not "None"
         )
         typed_field = field.name, Annotated[types[field.name], settings], dataclasses.field(default=value)
         groups.setdefault(options[field.name].group, []).append(typed_field)
@@ -68,7 +68,11 @@ def parse(args_type: type[Args], default: Args | None = None, words: Sequence[st
             (name, group) if needs_a_value else (name, group, dataclasses.field(default_factory=group))
         )
     grouped_type = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Options", members)]
-    grouped = tyro.cli(grouped_type, args=words, description=sys.modules[args_type.__module__].__doc__)
+    spec = sys.modules["__main__"].__spec__  # None if it was started as a file
+    package = spec.name.removesuffix(".__main__") if spec else ""
+    program = f"python -m {package}" if package.startswith("cleanrl.") else None
+    description = sys.modules[args_type.__module__].__doc__
+    grouped = tyro.cli(grouped_type, prog=program, args=words, description=description)
     values = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
     return args_type(**values)
 
@@ -191,9 +195,9 @@ def check_arguments(args: Args) -> Args:
     first_step = steps_before + args.train_frequency - steps_before % args.train_frequency
     if first_step > args.total_timesteps:
         warn(
-            f"with --learning-starts {args.learning_starts} and --train-frequency {args.train_frequency} the"
-            f" first online gradient step comes at {first_step}, after --total-timesteps"
-            f" {args.total_timesteps}: nothing will be learned online"
+            f"nothing will be learned from the {args.total_timesteps} environment steps of --total-timesteps:"
+            f" with --learning-starts {args.learning_starts} and --train-frequency {args.train_frequency} the"
+            f" first gradient step would come at step {first_step}"
         )
     return args
 

@@ -28,4 +28,7 @@ def memory_shortage(error: BaseException) -> str | None:
         text = f"the host has no more memory ({text})"
     elif not isinstance(error, RuntimeError) or not any(sign in text.lower() for sign in signs):
         return None
-    return f"{text}; end what else takes memory, or use --buffer-device cpu or a smaller --buffer-size"
+    return (
+        f"{text}; end what else takes memory, or use --buffer-device cpu or a smaller --buffer-size or"
+        " --batch-size"
+    )

@@ -1,6 +1,6 @@
 """Measures the scripts' speed by the number of environments and by the size of the replay buffer.
 
-python tests/benchmarks/scaling.py [--device cuda] [--json-path FILE]
+python tests/benchmarks/scaling.py [--device cuda] [--json FILE]
 
 Two tables: environment steps per second of the online phase (a gradient step every 4 steps) over
 `--num-envs`; and, for a replay buffer that holds 10,000, 100,000 and 1,000,000 frames of 8 environments, the
@@ -10,7 +10,7 @@ microseconds to add one step of all of them, and to draw and gather one batch of
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,7 +28,10 @@ def print_row(*cells: object) -> None:
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
-def main(device: Literal["cpu", "cuda"] = "cpu", json_path: Path | None = None) -> None:
+def main(
+    device: Literal["cpu", "cuda"] = "cpu",
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
     """Prints both tables, row by row.
 
     Args:

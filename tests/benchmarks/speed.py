@@ -237,7 +237,7 @@ def main(
         json: where to write every single measurement, the summary, and what machine it was.
         phases: which of fill, offline, online, evaluation. Start-up and memory come with each.
         device: where to train.
-        quick: one short round, in about two minutes on two idle cores.
+        quick: one short round, in two and a half minutes on two idle cores.
         chart: where to draw the ratios to the baseline, as PNG.
     """
     if chart and not importlib.util.find_spec("matplotlib"):

@@ -126,7 +126,9 @@ class Job:
 
     def check_command(self) -> None:
         """Raises SystemExit with a one-line error if the run was started with another command."""
-        if self.record.command != self.plan.identity:
+        if self.record.folder is None:  # no run came of that, as of a mistyped option
+            self.record = Record(self.plan.identity)
+        elif self.record.command != self.plan.identity:
             before, now = printable(" ".join(self.record.command)), " ".join(self.plan.identity)
             raise SystemExit(
                 f"error: {self.plan.name} was started as `{before}`, not as `{now}`; give this one its own"

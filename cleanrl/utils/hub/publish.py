@@ -130,13 +130,13 @@ def _explain(error: Exception) -> str:
 
 @dataclass
 class Args:
-    run_folder: Annotated[Path, tyro.conf.Positional]
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """folder, runs/…, of a run that has finished with --upload-model"""
-    hf_entity: str | None = None
+    hf_entity: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
     """user or organization on the Hub (default: the one the run was trained for)"""
 
 
 if __name__ == "__main__":
     prepare_command()
-    options = tyro.cli(Args, description=__doc__)
+    options = tyro.cli(Args, prog="python -m cleanrl.utils.hub.publish", description=__doc__)
     upload(options.run_folder, options.hf_entity)

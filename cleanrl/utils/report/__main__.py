@@ -26,7 +26,7 @@ REQUIREMENTS = "requirements/requirements-report.txt"
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """folders of runs, or folders above them"""
 
     # report

@@ -153,5 +153,5 @@ def caveats(scores: Scores, units: dict[str, dict[str, float]]) -> list[str]:
     }
     for reason, left_out in missing.items():
         if left_out:
-            lines.append(f"Left out where needed because {reason}: {', '.join(left_out)}.")
+            lines.append(f"Not in all figures, because {reason}: {', '.join(left_out)}.")
     return lines

@@ -106,13 +106,13 @@ class TeacherOptions(RunOptions):
     teacher_policy_hf_repo: str | None = None
     """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
     teacher_hf_file: str | None = None
-    """its file there (default: {teacher_model_exp_name}.cleanrl_model, or the only agent there)"""
+    """the teacher's file there (default: {teacher_model_exp_name}.cleanrl_model, or the only agent there)"""
     teacher_revision: str | None = None
     """branch, tag or commit of that repository"""
     teacher_model_path: Path | None = None
     """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
     teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
-    """how it acts: argmax of its Q-values, or sample from its policy; auto: an actor-critic samples"""
+    """how the teacher acts: argmax of its Q-values, or sample its policy; auto: an actor-critic samples"""
     teacher_replay_path: Path | None = None
     """learn offline from this folder, saved with dqn_atari's --save-replay, instead of from new play"""
     teacher_eval_episodes: PositiveInt = 10

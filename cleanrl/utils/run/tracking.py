@@ -25,6 +25,13 @@ def check_tracking(project: str) -> None:
             f"error: --track needs Weights & Biases, which is not installed; {INSTALL}, or leave --track out"
         ) from None
     try:
+        wandb.setup()
+    except ValueError as error:  # of one of its variables
+        fault = " ".join(str(error).split())
+        raise SystemExit(
+            f"error: --track: Weights & Biases cannot be used ({shown(fault)}); check the WANDB variables"
+        ) from None
+    try:
         wandb.Settings(project=project)
     except wandb.UsageError:
         raise SystemExit(

@@ -9,6 +9,7 @@ resumes, also the runs that it was stopped in. See docs/tuning.md.
 """
 
 import importlib.util
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -44,7 +45,7 @@ class Args:
     workers: PositiveInt = 1
     """runs at a time"""
     warm_up_trials: NonNegativeInt = 5
-    """finished runs before others are pruned, where these do worse in the offline phase"""
+    """trials that must finish before others are pruned"""
     seed: Seed = 1
     """seed of every run, and of the search"""
     grace_period: NonNegativeFloat = 120.0
@@ -64,8 +65,6 @@ def main(args: Args) -> int:
     if option_value(command, "exp_name") is not None:
         raise SystemExit(f"error: --command {shown(args.command)}: the search sets --exp-name; leave it out")
 
-    from optuna.distributions import distribution_to_json  # needs the packages checked above
-
     from cleanrl.utils.tune.results import draw, table
     from cleanrl.utils.tune.space import parse_space
     from cleanrl.utils.tune.trials import RECORDS, Search, locked, open_study, run_trials, using
@@ -73,19 +72,20 @@ def main(args: Args) -> int:
     space = parse_space(args.search)
     for name in space.keys() & {"env-id", "exp-name", "resume", "seed"}:
         raise SystemExit(f"error: --search {name}: the search sets --{name}; leave it out")
-    values = {name: distribution_to_json(distribution) for name, distribution in space.items()}
-    same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "search": values}
+    same = {"command": list(command), "env_id": args.env_id, "seed": args.seed, "search": sorted(args.search)}
     path = RECORDS / f"{args.study}.db"
     with locked(path), using(path):
         study = open_study(path, args.study, args.seed, args.warm_up_trials)
+        search = Search(study, command, args.env_id, args.seed, space)
         for name, value in same.items():
-            if study.user_attrs.setdefault(name, value) != value:
+            before = study.user_attrs.get(name, value)
+            if search.num_trials() and before != value:  # else only failed runs, as of a mistyped option
+                shown_before = shown(shlex.join(before) if isinstance(before, list) else before)
                 raise SystemExit(
-                    f"error: the study {args.study} was started with another {name},"
-                    f" {shown(study.user_attrs[name])}; give this one its own --study"
+                    f"error: the study {args.study} was started with another {name}, {shown_before}; give"
+                    " this one its own --study"
                 )
             study.set_user_attr(name, value)
-        search = Search(study, command, args.env_id, args.seed, space)
         status = run_trials(search, args.trials, args.workers, args.grace_period)
         print("\n".join(map(printable, table(study))))
         draw(study, space, RECORDS / f"{args.study}.png")

@@ -24,11 +24,12 @@ def table(study: optuna.Study) -> list[str]:
     finished = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     others = [trial for trial in study.trials if trial.state != TrialState.COMPLETE]
     trials = sorted(finished, key=lambda trial: trial.value, reverse=True) + others
-    rows = [["trial", "state", "return", *study.user_attrs["search"]]]
+    searched = [text.partition("=")[0] for text in study.user_attrs["search"]]
+    rows = [["trial", "state", "return", *searched]]
     for trial in trials:
         value = last_value(trial)
         shown = "–" if value is None else f"{value:.2f}".replace("-", "−")
-        values = (trial.params.get(name, "–") for name in study.user_attrs["search"])
+        values = (trial.params.get(name, "–") for name in searched)
         params = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
         rows.append([str(trial.number), trial.state.name.lower(), shown, *params])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
