@@ -15,13 +15,14 @@ import optuna
 import pytest
 from both_scripts import ROOT, run_python, start_python
 from matplotlib import image
+from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cleanrl.utils.command_line import describe_options
 from cleanrl.utils.report.events import UnusableError
 from cleanrl.utils.tune import trials
 from cleanrl.utils.tune.__main__ import Args, main
-from cleanrl.utils.tune.results import table
+from cleanrl.utils.tune.results import draw, table
 from cleanrl.utils.tune.space import parse_space
 from cleanrl.utils.tune.trials import open_study
 
@@ -178,6 +179,22 @@ def test_a_finished_run_is_not_run_again_and_one_of_an_older_study_is_not_taken_
     assert new.value >= 10
     assert new.intermediate_values == {10: pytest.approx(new.value)}
     assert len(list(tmp_path.glob("runs/PongNoFrameskip-v4__pong-0__1__*"))) == 2
+
+
+def test_the_pictures_ticks_are_numbers(tmp_path, monkeypatch):
+    study = optuna.create_study(direction="maximize")
+    space = {"rate": FloatDistribution(1e-4, 2e-3, log=True), "quality": FloatDistribution(-5, 5)}
+    for value in (-1.0, 2.0):
+        trial = study.ask(space)
+        study.tell(trial, value)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(study, space, tmp_path / "x.png")
+    figures[0].canvas.draw()
+    for axes in figures[0].axes:
+        labels = [label.get_text() for label in axes.get_xticklabels(which="both")]
+        assert len(labels) >= 2
+        assert all(float(label.replace("−", "-")) for label in labels if label != "0"), labels
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import optuna
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -53,6 +54,9 @@ def draw(study: optuna.Study, space: dict[str, BaseDistribution], path: Path) ->
                     )
             if getattr(values, "log", False):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")  # by default a formula, which the style does not draw
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(f"--{name}")
         figure.axes[0].set_ylabel("mean return (hollow: pruned)")
         figure.savefig(path, dpi=DPI)
