@@ -101,7 +101,7 @@ PRESETS = {  # what --preset stands for; options beside it win
         " --teacher-steps 15000 --teacher-eval-episodes 5 --offline-steps 2000 --offline-eval-frequency 1000"
         " --total-timesteps 40000 --learning-starts 3000 --train-frequency 28 --start-e 0.3"
         " --exploration-steps 20000 --learning-rate 5e-4 --final-learning-rate 1e-4 --average-decay 0.995"
-        " --temperature 0.1 --return-normalization random"
+        " --n-step 3 --temperature 0.1 --return-normalization random"
     ),
     "paper": (  # Agarwal et al. (2022)
         "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"

@@ -92,7 +92,7 @@ def test_a_preset_gives_other_defaults_and_an_option_beside_it_wins(script, monk
         "teacher_steps": 15_000, "teacher_eval_episodes": 5, "offline_steps": 2000,
         "offline_eval_frequency": 1000, "total_timesteps": 40_000, "learning_starts": 3000,
         "train_frequency": 28, "start_e": 0.3, "exploration_steps": 20_000, "learning_rate": 5e-4,
-        "final_learning_rate": 1e-4, "average_decay": 0.995, "temperature": 0.1,
+        "final_learning_rate": 1e-4, "average_decay": 0.995, "n_step": 3, "temperature": 0.1,
         "return_normalization": "random",
     }  # fmt: skip
     assert parsed("--preset", "quick", "--seed", "3") == quick | {"seed": 3}
