@@ -55,6 +55,21 @@ def test_gradient_steps_and_target_updates_come_when_the_rules_say(script, num_e
         np.testing.assert_allclose([loss for _, loss in points], offline[2::3], rtol=1e-4)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_more_gradient_steps_than_agreed_are_done_in_one_call(algorithm, monkeypatch, most):
+    learn, before_and_after = algorithm.learn, []
+
+    def recording_learn(args, state, *others):
+        before = state.gradient_steps
+        losses = learn(args, state, *others)
+        before_and_after.append((before, state.gradient_steps))
+        return losses
+
+    monkeypatch.setattr(algorithm, "learn", recording_learn)
+    rehearse(algorithm, 32, steps_per_call=most, loss_interval=100)  # 8 gradient steps are due at once
+    assert max(after - before for before, after in before_and_after) == most
+
+
 def test_rewards_of_n_steps_reach_the_loss():
     happened = rehearse(TORCH, 8, partial(NoGame, reward=0.25), n_step=3)
     offline, online = td_losses_by_the_rules(rehearsal_args(TORCH, 8, n_step=3), reward=0.25)
