@@ -60,7 +60,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """temperature of the policy softmax(Q / temperature) of an agent that has Q-values"""
     script: Name | None = None
-    """copy of a QDagger script, beside it in cleanrl/, whose networks and wrappers are used, as my_qdagger"""
+    """a copy of a QDagger script in cleanrl/ whose networks and wrappers to use, e.g. my_qdagger"""
 
     # game
     env_id: str | None = None

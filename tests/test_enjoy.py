@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import flax.serialization
@@ -26,6 +27,7 @@ from cleanrl import enjoy
 from cleanrl.enjoy import Args, Player, find_agent, main, play
 from cleanrl.utils.evaluation import acting_values, evaluate
 from cleanrl.utils.games.parallel_envs import WorkerError
+from cleanrl.utils.run.summary import summary
 from cleanrl.utils.weights.agents import read_agent
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import to_flax, to_torch, unflatten
@@ -126,6 +128,17 @@ def test_an_agent_of_a_copied_scripts_own_network_is_played_by_the_copy(tmp_path
             load_player(path)
     finally:
         del sys.modules["cleanrl.my_qdagger"], cleanrl.my_qdagger
+
+
+@pytest.mark.parametrize("name", ["qdagger_dqn_atari_impalacnn", "my_qdagger"])
+def test_a_runs_last_lines_name_the_copy_that_plays_it(monkeypatch, name):
+    module = ModuleType(name)
+    module.__file__ = f"/cleanrl/{name}.py"
+    monkeypatch.setitem(sys.modules, name, module)
+    args = type("Args", (torch_script.Args,), {"__module__": name})()
+    lines = summary(args, Path("runs/x"), 1, {"final": 1.0})
+    option = " --script my_qdagger" if name == "my_qdagger" else ""
+    assert f"watch it play: python cleanrl/enjoy.py runs/x{option}\n" in lines
 
 
 def actor_critic(path: Path) -> Path:
