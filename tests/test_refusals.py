@@ -18,11 +18,14 @@ from torch import nn
 
 from cleanrl.utils.run import memory
 
-PONG = [
+PONG = [  # short, so that a test fails soon if nothing is refused
     "--env-id", "PongNoFrameskip-v4", "--buffer-size", "10", "--batch-size", "4", "--learning-starts", "10",
-    "--total-timesteps", "104",
+    "--total-timesteps", "104", "--eval-episodes", "1",
 ]  # fmt: skip
-TEACHER = ["--teacher-model-path", str(PONG_TEACHER)]
+TEACHER = [
+    "--teacher-model-path", str(PONG_TEACHER), "--teacher-eval-episodes", "1", "--teacher-steps", "104",
+    "--offline-steps", "4",
+]  # fmt: skip
 
 
 @pytest.fixture
