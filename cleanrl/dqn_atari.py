@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-if not __package__:  # started as a file: the helpers below lie beside it, installed or not
+if not __package__:  # started as a file: makes `cleanrl` importable, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeInt, PositiveFloat, PositiveInt
@@ -164,7 +164,7 @@ class EpisodicLife(gym.Wrapper):
 
 
 class FireReset(gym.Wrapper):
-    """Presses FIRE, then the action after it, at the start of each episode: some games wait for it."""
+    """Presses FIRE, then performs action 2, at the start of each episode: some games wait for it."""
 
     def reset(self, **kwargs):
         observation, reset_info = self.env.reset(**kwargs)

@@ -5,7 +5,7 @@
     python cleanrl/enjoy.py runs/PongNoFrameskip-v4__dqn_atari__1__1700000000 --games 30 --json pong.json
     python cleanrl/enjoy.py random --env-id PongNoFrameskip-v4 --games 30 --json random.json
 
-It runs in PyTorch, or in JAX if PyTorch is missing, whichever of them trained it.
+The agent runs in PyTorch, or in JAX if PyTorch is missing, whichever of them trained it.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-if not __package__:  # started as a file: the helpers below lie beside it, installed or not
+if not __package__:  # started as a file: makes `cleanrl` importable, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Bounds, Fraction, Name, NonNegativeInt, PositiveFloat, shown
@@ -130,7 +130,7 @@ def load_player(args: Args, path: Path | None, env_id: str) -> Player:
         refuse("script", name, "is not in cleanrl/")
     script = importlib.import_module(f"cleanrl.{name}")
     if not hasattr(script, "load_teacher"):
-        refuse("script", name, "is no copy of a QDagger script")
+        refuse("script", name, "is not a copy of a QDagger script")
     if hasattr(script, "torch"):
         device = script.torch.device("cpu")
     else:
@@ -248,7 +248,7 @@ def check_output(args: Args) -> None:
 def main(args: Args) -> None:
     check_bounds(args)
     if args.json and args.video_folder:
-        raise SystemExit("error: --json and --video-folder exclude each other")
+        raise SystemExit("error: --json and --video-folder cannot be combined")
     path, env_id = find_agent(args)
     player = load_player(args, path, env_id)
     if args.json or args.video_folder:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-if not __package__:  # started as a file: the helpers below lie beside it, installed or not
+if not __package__:  # started as a file: makes `cleanrl` importable, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -39,7 +39,7 @@ class Args(TeacherOptions):
     learning_rate: PositiveFloat = 1e-4
     """learning rate of Adam"""
     final_learning_rate: PositiveFloat | None = None
-    """learning rate at a distillation coefficient of 0, linear in it (the paper: 1e-5; default: constant)"""
+    """learning rate at distillation coefficient 0, linear in between (the paper: 1e-5; default: constant)"""
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
@@ -73,7 +73,7 @@ class Args(TeacherOptions):
 
     # teacher
     teacher_model_exp_name: str = "dqn_atari_jax"
-    """the experiment that trained the teacher: part of its names on the Hub"""
+    """the experiment that trained the teacher: part of its repository and file name on the Hub"""
 
     # distillation
     offline_steps: NonNegativeInt = 500_000
@@ -91,7 +91,7 @@ class Args(TeacherOptions):
     distill_steps: NonNegativeInt | None = None
     """t0, the online environment step at which distillation ends (the paper: 1.5M; default: never)"""
     return_normalization: Literal["none", "random"] = "none"
-    """random: the distillation coefficient uses returns above the random player's (as in the paper)"""
+    """random: the distillation coefficient measures returns from the random player's (as in the paper)"""
 
 
 TEACHERS = shlex.quote(os.path.relpath(Path(__file__).parent / "teachers"))
@@ -217,7 +217,7 @@ class EpisodicLife(gym.Wrapper):
 
 
 class FireReset(gym.Wrapper):
-    """Presses FIRE, then the action after it, at the start of each episode: some games wait for it."""
+    """Presses FIRE, then performs action 2, at the start of each episode: some games wait for it."""
 
     def reset(self, **kwargs):
         observation, reset_info = self.env.reset(**kwargs)
@@ -297,7 +297,7 @@ def max_pool(x: Array, as_torch: bool = False) -> Array:
     return x
 
 
-# Uniform within ±1 / √fan-in, as PyTorch's: from Flax's own, √3 times as wide, a student distils more slowly.
+# Uniform within ±1 / √fan-in, as PyTorch's: from Flax's own, √3 times as wide, distillation is slower.
 narrow = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -437,7 +437,7 @@ def linear_schedule(start: float, end: float, duration: float, step: ArrayLike) 
 def online_epsilon(args: Args, online_steps: ArrayLike) -> np.ndarray:
     """ε of environment steps of the online phase.
 
-    As published, it falls from the start of the offline phase; with `exploration_steps`, of the online one.
+    It falls from the start of the offline phase, as published, or with `exploration_steps` of the online one.
     """
     if args.exploration_steps is not None:
         return linear_schedule(args.start_e, args.end_e, args.exploration_steps, online_steps)
@@ -564,7 +564,7 @@ def forward(networks: QFunction | Teacher | tuple, observations: Array) -> Array
 
 
 def compute_q_values(networks: QFunction | Teacher | tuple, observations: np.ndarray) -> np.ndarray:
-    """Q-values float32 (n, num_actions), of k networks (k, …), of observations uint8 (n, 4, 84, 84)."""
+    """Q-values float32 (n, num_actions), or (k, …) for k networks, of observations uint8 (n, 4, 84, 84)."""
     q_values = forward(networks, jax.device_put(padded(observations)))
     return jax.device_get(q_values)[..., : len(observations), :]
 
@@ -644,7 +644,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
 def distill_coefficient(args: Args, state: TrainState, online_step: int) -> float:
     """λ_t = 1[t < t0] · max(1 − G / G_T, 0), G and G_T measured from 0 or from the random player's return.
 
-    G is the mean return of the last 10 finished games, until which λ = 1[t < t0]. Where G < 0, λ exceeds 1.
+    G is the mean return of the last 10 finished games; before that, λ = 1[t < t0]. If G < 0, λ exceeds 1.
     """
     if args.distill_steps is not None and online_step >= args.distill_steps:
         return 0.0
@@ -731,7 +731,7 @@ def main(args: Args) -> None:
 
     with TrainingRun(args, Path(__file__), state, make_env, model="player", teacher=teacher) as run:
         if state.teacher_return is None:
-            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games; its replay buffer is filled")
+            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
             evaluate_teacher(args, state, teacher, run)
         check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":

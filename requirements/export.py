@@ -33,8 +33,8 @@ EXTRAS_OF_FILE = {
 CUDA_BUILD = re.compile(r"nvidia-|cuda-|triton$")
 CONSTRAINTS = "constraints-cuda.txt"
 HEADER = """\
-# Holds the dependencies of pyproject.toml and of its extras: {extras}.
-# Made from poetry.lock by `python requirements/export.py`. To change a pin, run `poetry lock` and then that.
+# Pins the dependencies of pyproject.toml and of its extras: {extras}.
+# Made from poetry.lock by `python requirements/export.py`. To change a pin, run `poetry lock` first.
 """
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]

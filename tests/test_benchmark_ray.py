@@ -125,8 +125,8 @@ def test_requests_that_no_machine_meets_are_refused(cluster, tmp_path):
     driver = Benchmark(tmp_path, "", "--ray-address", cluster.address, "--gpus-per-run", "0.25")
     assert driver.end() == 1, driver.output
     assert driver.errors == (
-        "error: --cpus-per-run 1 and --gpus-per-run 0.25: no machine of the cluster has these;"
-        " they have 1 CPUs and 0 GPUs\n"
+        "error: --cpus-per-run 1 and --gpus-per-run 0.25: no machine of the cluster has both;"
+        " its machines have 1 CPUs and 0 GPUs\n"
     )
     assert not the_folder(tmp_path, 1)
 
@@ -186,7 +186,7 @@ def test_an_unusable_cluster_is_a_one_line_error(cluster, address, fault):
 
 
 @pytest.mark.parametrize(
-    ("greeting", "fault"), [(b"", "timed out"), (b"SSH-2.0-OpenSSH_9.2\r\n", "it is no cluster's")]
+    ("greeting", "fault"), [(b"", "timed out"), (b"SSH-2.0-OpenSSH_9.2\r\n", "it is not Ray")]
 )
 def test_an_address_that_accepts_and_says_nothing_of_a_cluster_is_refused(
     cluster, monkeypatch, greeting, fault

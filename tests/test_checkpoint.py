@@ -278,7 +278,7 @@ def test_a_manifest_that_is_not_a_checkpoints_is_passed_over_too(two_checkpoints
     del content[lacking]
     write_manifest(path, content)
     assert newest_checkpoint(two_checkpoints).read_state() == "first"
-    assert "checkpoint-000002.json is not a checkpoint's" in capsys.readouterr().err
+    assert "checkpoint-000002.json does not describe a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -398,7 +398,7 @@ def test_a_manifest_with_other_places_in_it_is_passed_over(two_checkpoints, caps
     newest = manifests(two_checkpoints)[0]
     write_manifest(newest, read_manifest(newest) | {part: value})
     assert newest_checkpoint(two_checkpoints).name == manifests(two_checkpoints)[1].name
-    assert f"{newest.name} is not a checkpoint's" in capsys.readouterr().err
+    assert f"{newest.name} does not describe a checkpoint" in capsys.readouterr().err
 
 
 def test_an_event_file_that_is_a_link_is_not_cut(folder, writer, capsys):

@@ -290,7 +290,9 @@ def test_resume_auto_takes_the_run_of_this_very_name_that_was_started_last(monke
 
 
 def test_a_run_that_cannot_be_resumed_is_refused(monkeypatch):
-    with pytest.raises(SystemExit, match=r"^error: --resume nothing is not a folder; name a run's, runs/…$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: --resume nothing is not a folder; name a run's folder, runs/…$"
+    ):
         parse(monkeypatch, "--resume", "nothing")
     for path in ("x" * 5000, "a\nb", "x/" * 3000, "\udcff"):
         with pytest.raises(SystemExit, match=r"^error: --resume .* is not a folder; name a run's") as end:

@@ -124,7 +124,7 @@ def test_an_agent_of_a_copied_scripts_own_network_is_played_by_the_copy(tmp_path
         np.testing.assert_allclose(player.q_values(OBSERVATIONS), expected, rtol=1e-4, atol=1e-5)
         assert player.make_env.func is script.make_env
         monkeypatch.undo()
-        with pytest.raises(SystemExit, match="the architecture is another one"):
+        with pytest.raises(SystemExit, match="the architecture differs"):
             load_player(path)
     finally:
         del sys.modules["cleanrl.my_qdagger"], cleanrl.my_qdagger
@@ -233,7 +233,7 @@ def test_a_game_with_lives_is_played_until_it_is_over():
     [
         (
             {"json": Path("x"), "video_folder": Path("y")},
-            "error: --json and --video-folder exclude each other",
+            "error: --json and --video-folder cannot be combined",
         ),
         ({"agent": "x.safetensors"}, "error: x.safetensors does not exist; check the path"),
         ({"agent": f"runs/{PONG}"}, f"error: runs/{PONG} does not exist; check the path"),
@@ -244,7 +244,7 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ({"seed": -1}, "error: --seed -1 must be at least 0"),
         ({"temperature": 0.0}, "error: --temperature 0.0 must be above 0"),
         ({"script": "none"}, "error: --script none is not in cleanrl/"),
-        ({"script": "dqn_atari"}, "error: --script dqn_atari is no copy of a QDagger script"),
+        ({"script": "dqn_atari"}, "error: --script dqn_atari is not a copy of a QDagger script"),
         ({"script": "../x"}, "error: --script ../x must be at most 100 letters"),
         ({"epsilon": 2.0}, "error: --epsilon 2.0 must be between 0 and 1"),
         (

@@ -151,7 +151,7 @@ def test_above_a_temperature_of_0_actions_are_samples_of_the_policy():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_values_that_are_not_finite_are_no_play(value, temperature):
     """A teacher's, whose weights are finite, would make the student's losses NaN."""
-    with pytest.raises(SystemExit, match="computes values that are not finite; use another teacher"):
+    with pytest.raises(SystemExit, match="outputs values that are not finite; use another teacher"):
         acting_values(np.random.default_rng(0), np.array([[0.0, value]]), temperature)
 
 

@@ -102,7 +102,7 @@ def complaint(found: Weights, expected: Any = SHAPES, check: Callable = check_we
     return message
 
 
-OTHER = "error: file.safetensors was taken for weights of DQN, but the architecture is another one"
+OTHER = "error: file.safetensors was taken for weights of DQN, but the architecture differs"
 
 
 def good(**changed: np.ndarray) -> Weights:
@@ -144,12 +144,12 @@ def test_other_names_are_another_architecture():
 def test_nan_and_infinite_values(value):
     found = good()
     found["network.7.bias"][3] = value
-    assert "of which network.7.bias has NaN or infinite values; use another file" in complaint(found)
+    assert "but network.7.bias has NaN or infinite values; use another file" in complaint(found)
 
 
 def test_integers_are_no_weights():
     found = good(**{"network.7.bias": np.zeros(16, int)})
-    assert "of which network.7.bias is int64; save floating-point weights" in complaint(found)
+    assert "but network.7.bias is int64; save floating-point weights" in complaint(found)
 
 
 # ------------------------------------------------------------------------------------------------ fitting
@@ -190,8 +190,8 @@ def test_a_bad_file_gets_the_same_line_from_both_frameworks(role, in_file):
         f"is (4,), not (6,), {last_layer}": in_file(torch_weights(role, 4)),
         f"(missing {name}; unexpected 'extra')": without | {"extra": zeros(1)},
         f"({name} is (1, 1), not {weights[name].shape})": weights | {name: zeros(1, 1)},
-        f"of which {name} has NaN": weights | {name: weights[name] * np.float32(np.nan)},
-        f"of which {name} is int64": weights | {name: weights[name].astype(int)},
+        f"but {name} has NaN": weights | {name: weights[name] * np.float32(np.nan)},
+        f"but {name} is int64": weights | {name: weights[name].astype(int)},
     }
     for expected, found in cases.items():
         (line,) = {complaint(found, like, fit_weights) for like in every_like(role)}

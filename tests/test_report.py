@@ -184,7 +184,7 @@ def test_no_usable_run(tmp_path, capsys):
     assert error_of(tmp_path) == f"error: no usable runs in {tmp_path}: 1 left out"
     assert capsys.readouterr().err.count("left out: ") == 1
     missing = tmp_path / "no"
-    assert error_of(missing) == f"error: {missing} is not a folder; name a run's, or one above it"
+    assert error_of(missing) == f"error: {missing} is not a folder; name a run's folder or one above it"
     assert error_of().startswith("error: name at least one folder of runs")
     with pytest.raises(SystemExit, match=r"^error: xxx[^\n]* is not a folder; name a run's"):
         find_runs([Path("x" * 5000)], include_unfinished=False)

@@ -400,12 +400,12 @@ def test_the_line_of_bad_weights_names_what_was_recognised(name, kind, script, s
     for value in (torch.nan, torch.inf):
         for one in used:
             bad = tensors | {one: torch.full_like(tensors[one], value)}
-            assert f" holds weights of {name} of which " in line(bad)
+            assert f" holds weights of {name}, but " in line(bad)
     for one in used[1:]:  # by the first one the kind is recognised
         without = {other: tensor for other, tensor in tensors.items() if other != one}
-        assert "architecture is another one (missing " in line(without)
+        assert "architecture differs (missing " in line(without)
         narrower = tensors | {one: tensors[one][..., :-1].contiguous()}
-        assert f"holds weights of {name} with " in line(narrower) or "is another one" in line(narrower)
+        assert f"holds weights of {name} with " in line(narrower) or "architecture differs" in line(narrower)
     assert f" was taken for weights of {name}, but" in line(tensors | {"extra.bias": torch.zeros(3)})
 
 

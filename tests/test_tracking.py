@@ -105,7 +105,7 @@ def test_where_nobody_is_logged_in_one_line_and_no_question_ends_the_command(tmp
     status, output = run_tracked(tmp_path)
     assert status == 1
     (line,) = output.splitlines()
-    assert line.startswith("error: --track: nobody is logged in to Weights & Biases; run wandb login")
+    assert line.startswith("error: --track: not logged in to Weights & Biases; run wandb login")
     assert "WANDB_MODE=offline" in line
     assert not (tmp_path / "runs").exists()
 

@@ -207,7 +207,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_the_model_a_line_and_its_status
         (OSError(errno.ENOSPC, "No space left on device"), "error: [Errno 28] No space left on device"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf the GPU"),
-            "error: CUDA out of memory. Tried to allocate 2 GiB.; end what else takes memory, or use "
+            "error: CUDA out of memory. Tried to allocate 2 GiB; close other programs, or use "
             "--buffer-device cpu or a smaller --buffer-size or --batch-size",
         ),
     ],
@@ -458,7 +458,7 @@ def test_a_run_is_resumed_with_the_same_teacher_wherever_it_is_from():
         run.checkpoint()
         raise Killed
     with pytest.raises(
-        SystemExit, match=r"^error: --resume [^\n]*: its teacher was another one, with other weights"
+        SystemExit, match=r"^error: --resume [^\n]*: its teacher had other weights; name that teacher"
     ):
         started(other, resume=str(run.folder))
     other.load_state_dict(teacher.state_dict())

@@ -8,7 +8,7 @@ MOST = 10**12  # no count, size or time of a run is larger
 
 
 class Bounds(NamedTuple):
-    """What an option's value must be: beside it, in its type, so that `check_arguments` cannot miss it."""
+    """The bounds of an option's value, kept in its type, so that `check_bounds` cannot miss them."""
 
     least: float
     most: float = MOST
@@ -48,7 +48,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """What a user gave, as part of a line: without control characters, and not too long."""
+    """User input as part of a message: without control characters, and not too long."""
     text = printable(str(value))
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 

@@ -78,14 +78,14 @@ def parse(args_type: type[Args], default: Args | None = None, words: Sequence[st
 
 
 def read_arguments(args_type: type[Args], presets: Mapping[str, str] | None = None) -> Args:
-    """A training script's command line, once it makes sense and the services that it names will take the run.
+    """A training script's options, once they and the services they ask for have been checked.
 
     Args:
         args_type: the script's options.
         presets: the options that each --preset stands for, as on a command line.
 
     Raises:
-        SystemExit: with a one-line error, if it does not or they will not.
+        SystemExit: with a one-line error, if a check fails.
     """
     args = check_arguments(parse_arguments(args_type, presets))
     if args.track or args.upload_model:
@@ -96,7 +96,7 @@ def read_arguments(args_type: type[Args], presets: Mapping[str, str] | None = No
 
 
 def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = None) -> Args:
-    """A training script's command line; it comes after the options of its preset, or of the run it resumes.
+    """A training script's options: those on the command line override its preset's, or the resumed run's.
 
     `--resume auto` becomes the newest unfinished run of the experiment and seed, or none if there is none.
 
@@ -127,7 +127,7 @@ def parse_arguments(args_type: type[Args], presets: Mapping[str, str] | None = N
             if not has_kind(value, kind):
                 raise SystemExit(
                     f"error: --resume {shown(run_folder)}: its checkpoint's {name} is {shown(value)}, which"
-                    " is no such option's; start again without --resume"
+                    " is not a valid value; start again without --resume"
                 )
             defaults[name] = Path(value) if Path in typing.get_args(kind) and value is not None else value
     args = parse(args_type, default=args_type(**defaults))

@@ -22,13 +22,12 @@ def first_use_of_gpu() -> Iterator[None]:
 
 def memory_shortage(error: BaseException) -> str | None:
     """What to say of an error that means that the host or a GPU has no more memory; None for any other."""
-    text = str(error).partition("\n")[0]
+    text = str(error).partition("\n")[0].rstrip(".")
     signs = ("out of memory", "resource_exhausted", "can't allocate memory")  # CUDA, XLA, PyTorch on a CPU
     if isinstance(error, MemoryError):
-        text = f"the host has no more memory ({text})"
+        text = f"the host is out of memory ({text})"
     elif not isinstance(error, RuntimeError) or not any(sign in text.lower() for sign in signs):
         return None
     return (
-        f"{text}; end what else takes memory, or use --buffer-device cpu or a smaller --buffer-size or"
-        " --batch-size"
+        f"{text}; close other programs, or use --buffer-device cpu or a smaller --buffer-size or --batch-size"
     )

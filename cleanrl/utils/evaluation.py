@@ -14,16 +14,16 @@ MAX_PARALLEL_GAMES = 16
 
 
 def acting_values(rng: np.random.Generator, q_values: np.ndarray, sampling_temperature: float) -> np.ndarray:
-    """Values (n, actions) by whose argmax a player of these Q-values acts: at temperature 0 they themselves.
+    """Values (n, actions) whose argmax is the player's action: at temperature 0, the Q-values themselves.
 
-    Above 0 their argmax is a sample of softmax(Q / temperature): the Gumbel-max trick.
+    Above 0, their argmax is a sample from softmax(Q / temperature), by the Gumbel-max trick.
 
     Raises:
         SystemExit: with a one-line error, if they are not finite, as those of finite weights may be.
     """
     if not np.isfinite(q_values).all():
         raise SystemExit(
-            "error: the network that plays computes values that are not finite; use another teacher or, if it"
+            "error: the acting network outputs values that are not finite; use another teacher or, if it"
             " is the student, a lower --learning-rate"
         )
     if not sampling_temperature:
@@ -78,7 +78,7 @@ def evaluate(
             actions = rng.integers(envs.action_space.n, size=num_envs)
             greedy = playing & (rng.random(num_envs) >= epsilon)
             if greedy.any():
-                # Of all that play, since on a GPU another number of them needs another graph.
+                # For all that play, since on a GPU every other number of them needs a graph of its own.
                 players_values = q_values(observations[playing])[greedy[playing]]
                 values = acting_values(rng, players_values, sampling_temperature)
                 actions[greedy] = values.argmax(axis=1)

@@ -19,7 +19,7 @@ ALIGNMENT = 16  # bytes, of each array in a transfer
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on a device, by one transfer that nothing waits for; on a CPU without a copy."""
+    """The arrays as tensors on a device, in one non-blocking transfer; on a CPU, without a copy."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return _unpack(_pack(arrays, device).to(device, non_blocking=True), arrays)
@@ -88,10 +88,10 @@ class CudaGraph:
 
 
 class OneLaunch:
-    """Decorator of a function that computes on one device, from NumPy's arrays and other arguments.
+    """Decorates a function that computes on one device, from NumPy arrays and other arguments.
 
     The function gets tensors in place of the arrays, which may lie in tuples, on the device of the first
-    argument that is a tensor or a module. On a GPU all its kernels soon take one launch: see `CudaGraph`. For
+    argument that is a tensor or a module. On a GPU its kernels soon launch together: see `CudaGraph`. For
     that it must do the same at each call, to tensors that stay where they are, and read nothing back. Other
     shapes or another argument that is not an array need a new graph. What a call returns is overwritten by
     the next. If a capture fails, a warning is printed and the run continues without graphs.
@@ -156,7 +156,7 @@ def _device_of(leaves: Sequence[Any]) -> torch.device:
 
 
 def _is_same(key: list[Any], other: list[Any]) -> bool:
-    """Whether two calls have the same arguments, but for what is in the arrays."""
+    """Whether two calls have the same arguments, except for the arrays' contents."""
     if len(key) != len(other):
         return False
     return all(a is b or (isinstance(a, tuple) and a == b) for a, b in zip(key, other, strict=True))

@@ -9,7 +9,7 @@ LOG_INTERVAL_S = 30.0  # between two lines, where there is no terminal
 
 
 class _Lines:
-    """A stream that makes a line of each state of a bar; tqdm means to write it over the one before."""
+    """A stream that writes each state of a bar as a new line, where tqdm would overwrite the last."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -23,9 +23,9 @@ class _Lines:
 
 
 class ProgressBar(tqdm):
-    """How far a loop has come: `total` of a `unit`, of which some were `done` before.
+    """Progress of a loop over `total` units, `done` of them before.
 
-    A `passing` one vanishes from a terminal at its end; it may be within another.
+    A `passing` bar vanishes from a terminal at its end; it may be within another.
     """
 
     def __init__(self, name: str, done: int, total: int, unit: str, passing: bool = False):
@@ -48,7 +48,7 @@ class ProgressBar(tqdm):
         return super().update(n)
 
     def reach(self, num_steps: int, num_games: int) -> None:
-        """Of an evaluation: so many environment steps and games are done."""
+        """Shows how many environment steps and games of an evaluation are done."""
         self.show("steps", num_steps)
         self.update(num_games - self.n)
 

@@ -1,4 +1,4 @@
-"""How every command behaves in a shell: Ctrl-C is one line, and what it prints need not find a reader."""
+"""How every command behaves in a shell: Ctrl-C prints one line, and output that nobody reads is dropped."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the pipe's reader or the termina
 
 
 def prepare_command() -> None:
-    """From now on Ctrl-C ends the process with a line, for while nothing can be lost; and output that cannot
+    """From now on Ctrl-C ends the process with one line, as nothing can be lost yet; and output that cannot
     be written, as in `… --help | head -1` or on a closed terminal, is dropped: a run continues without it.
     """
 

@@ -64,7 +64,7 @@ def _describe(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` was given, with arrays of NumPy.
+    """What `pack` was given, with NumPy arrays.
 
     Raises:
         ValueError, KeyError, TypeError, RecursionError, SafetensorError: it is not what `pack` gives.

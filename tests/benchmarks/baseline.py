@@ -1,4 +1,4 @@
-"""The loop to beat: QDagger in the structure that everybody uses, from parts that everybody uses.
+"""The loop to beat: QDagger as a usual training loop, made of widely used parts.
 
 One environment in the learner's process, with Stable-Baselines3's Atari wrappers on colour frames; its
 `ReplayBuffer`, which keeps stacked observations and next observations; eager PyTorch in the default memory

@@ -3,7 +3,7 @@
 PYTHONPATH=CUDA python tests/benchmarks/jax_for_h100.py
 
 CUDA is a folder with the CUDA packages of requirements/requirements-jax-cuda.txt, about 3 GB (`pip install
---target`). Prints a table, of each program: seconds to compile it; memory that it needs beside its arguments
+--target`). Prints a table, of each program: seconds to compile it; memory that it needs besides its arguments
 and results; bytes of its arguments that it updates in place; kernels that it launches, and in each round of
 its loop; its loops of a length that only the device knows, for which the host would have to wait.
 """

@@ -1,9 +1,9 @@
-"""Measures both scripts beside the baseline, the structure that everybody uses (see baseline.py).
+"""Measures both scripts beside the baseline, the usual training loop (see baseline.py).
 
 python tests/benchmarks/speed.py [--quick] [--device cuda] [--json FILE] [--chart FILE.png]
 
 In each round every program (baseline, PyTorch, JAX) is started and then asked for one phase after the other,
-in turn, so that whatever else the machine does falls on all alike. What is measured, on Pong with the
+in turn, so that whatever else the machine does affects all alike. What is measured, on Pong with the
 embedded teacher:
 
 - fill: environment steps per second while the teacher fills the replay buffer, ε falling from 1 to 0.01
@@ -22,7 +22,7 @@ share says how much of the machine's limit is used. For gradient steps that is t
 of an update, counted while it runs, over the rate of a large float32 matrix product; acting is not counted.
 For fill and evaluation it is the games' frames over the rate of ALE's bare `act` on all cores. Numbers are
 medians of the rounds, limits the best of them. A line below the table says how many operators a gradient step
-has, and about how many kernels they are on a GPU. Warm-up does not count, compilation only in the start-up.
+has, and about how many kernels they are on a GPU. Warm-up is not counted, and compilation only in start-up.
 """
 
 import importlib.metadata

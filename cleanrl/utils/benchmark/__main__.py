@@ -48,7 +48,7 @@ class Args:
     grace_period: NonNegativeFloat = 120.0
     """seconds a stopped run has for its last checkpoint before it is killed"""
     report_interval: PositiveFloat = 60.0
-    """seconds between two reports where there is no terminal"""
+    """seconds between reports when there is no terminal"""
 
     # Ray
     ray_address: str | None = None
@@ -58,7 +58,7 @@ class Args:
     gpus_per_run: NonNegativeFloat = 0.0
     """on Ray: GPUs, or the fraction of one, that a run requests"""
     retries: NonNegativeInt = 3
-    """on Ray: how often a run restarts elsewhere when its worker or machine dies"""
+    """on Ray: how many times a run restarts elsewhere after its worker or machine dies"""
 
 
 def check(args: Args) -> None:

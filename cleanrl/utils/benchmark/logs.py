@@ -15,7 +15,7 @@ PROGRESS = re.compile(
 def shorten(log: Path) -> int:
     """Removes the beginning of a log that has become too large; returns how many bytes.
 
-    The process that it is of may go on appending to it; what it adds in that moment can be lost.
+    The run's process may keep appending to it; what it adds at that moment can be lost.
     """
     size = log.stat().st_size if log.exists() else 0
     if size <= MOST_BYTES:

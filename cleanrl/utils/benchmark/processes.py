@@ -21,7 +21,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "PJRT_NPROC")  # of PyTorch, NumPy and Op
 
 
 def run_environment(cores: int | None) -> dict[str, str]:
-    """Variables for a run that may use so many cores (None: all); what the user has set stays."""
+    """Variables for a run that may use that many cores (None: all); what the user has set stays."""
     defaults = {"PYTHONUNBUFFERED": "1"}
     if cores is not None:
         defaults |= dict.fromkeys(THREAD_VARIABLES, str(cores))

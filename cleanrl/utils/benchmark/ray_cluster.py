@@ -27,7 +27,7 @@ LOCAL = "local"
 START_ONE = "; start a cluster with `ray start --head` first, or use --ray-address local"
 CONNECT_S = 10.0
 REPORT_S = 1.0
-# What a client of HTTP/2 says first, with an empty frame of settings, as its server answers (RFC 9113, 3.4).
+# An HTTP/2 client's first message, with an empty SETTINGS frame; its server answers with one (RFC 9113, 3.4)
 SETTINGS, FRAME_HEADER_BYTES = b"\x04", 9
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 SEND_S = 60.0  # for what is still to be sent when stopping
@@ -81,7 +81,7 @@ def connect(address: str, cpus_per_run: int, gpus_per_run: float) -> None:
         ray.shutdown()
         raise ClusterError(
             f"--cpus-per-run {cpus_per_run} and --gpus-per-run {gpus_per_run:g}: no machine of the cluster"
-            f" has these; they have {have}"
+            f" has both; its machines have {have}"
         )
 
 
@@ -89,7 +89,7 @@ def check_that_it_answers(address: str) -> None:
     """Ray itself retries for many minutes and ignores Ctrl-C meanwhile.
 
     Raises:
-        ClusterError: nothing is there, or it is not what Ray speaks with, a server of HTTP/2.
+        ClusterError: nothing answers there, or not the HTTP/2 server that Ray uses.
     """
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
@@ -100,7 +100,7 @@ def check_that_it_answers(address: str) -> None:
                 return
             connection.sendall(HTTP2_PREFACE)
             if connection.recv(FRAME_HEADER_BYTES)[3:4] != SETTINGS:
-                raise OSError("it is no cluster's")
+                raise OSError("it is not Ray")
     except (OSError, OverflowError) as error:
         raise ClusterError(f"--ray-address {address} does not answer ({error}){START_ONE}") from None
 
@@ -163,7 +163,7 @@ class RayRunner:
     Args:
         jobs: the runs.
         cpus_per_run, gpus_per_run: what each requests; Ray shows it only its own GPUs.
-        retries: how often a run restarts when its worker process or machine dies.
+        retries: how many times a run restarts when its worker process or machine dies.
         variables: environment variables of the runs.
         grace_s: how long a run may take to stop.
     """

@@ -126,7 +126,7 @@ class Job:
 
     def check_command(self) -> None:
         """Raises SystemExit with a one-line error if the run was started with another command."""
-        if self.record.folder is None:  # no run came of that, as of a mistyped option
+        if self.record.folder is None:  # it led to no run, as with a mistyped option
             self.record = Record(self.plan.identity)
         elif self.record.command != self.plan.identity:
             before, now = printable(" ".join(self.record.command)), " ".join(self.plan.identity)

@@ -1,4 +1,4 @@
-"""A game's video as a small picture that moves, for TensorBoard."""
+"""A game's video as a small animated picture, for TensorBoard."""
 
 import io
 from contextlib import closing
@@ -27,7 +27,7 @@ class Animation(NamedTuple):
 def animate(video: Path) -> Animation:
     """The start of a game at half the video's size and the speed of the console, a picture per four frames.
 
-    A picture is the pixel-wise maximum of the last two of its frames, as what the agent sees is: some games
+    A picture is the pixel-wise maximum of the last two of its frames, as in what the agent sees: some games
     show a thing only in every other frame.
 
     Raises:

@@ -166,7 +166,7 @@ def count_actions(env_id: str) -> int:
         game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-.*)?$", "", env_id)
         games = [name.removesuffix("NoFrameskip-v4") for name in known_ids]
         similar = difflib.get_close_matches(game, games, n=1)
-        hint = "use a {Game}NoFrameskip-v4, as BreakoutNoFrameskip-v4"
+        hint = "use a {Game}NoFrameskip-v4, such as BreakoutNoFrameskip-v4"
         if similar:
             hint = f"did you mean {similar[0]}NoFrameskip-v4?"
         raise SystemExit(f"error: --env-id {shown(env_id)} {fault}; {hint}")

@@ -242,8 +242,8 @@ class ParallelEnvs:
         try:
             if not connection.poll(WORKER_TIMEOUT_S):
                 raise WorkerError(
-                    f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S:.0f} s (fewer"
-                    " --num-envs answer sooner)"
+                    f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S:.0f} s (use"
+                    " fewer --num-envs)"
                 )
             answer = connection.recv()
         except (EOFError, ConnectionResetError):

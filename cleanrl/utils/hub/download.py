@@ -66,7 +66,7 @@ def find_file(
     named as the repo, as in Stable-Baselines3's zoo, or else the only file of weights that is in no folder.
 
     Raises:
-        SystemExit: with a one-line error if the list cannot be had, or has no such file or several.
+        SystemExit: with a one-line error if the list cannot be fetched, or has no such file or several.
     """
     name = repo_id.rpartition("/")[2]
     if published := re.fullmatch(r"[A-Za-z0-9]+NoFrameskip-v4-(.+)-seed\d+", name):
@@ -127,7 +127,7 @@ def download(repo_id: str, filename: str, revision: str | None = None, advice: A
 
 
 class RevisionError(Exception):
-    """No branch, tag or commit is called so."""
+    """No branch, tag or commit has that name."""
 
 
 def _check_revision(revision: str | None) -> None:
@@ -143,7 +143,7 @@ def _refuse(task: str, error: Exception, repo_id: str, revision: str | None, adv
 
 
 def without_password(text: str) -> str:
-    """A text in which HF_ENDPOINT may stand, without the user and password in it."""
+    """A text that may contain HF_ENDPOINT, without its user and password."""
     user_and_password, at, _ = urlsplit(constants.ENDPOINT).netloc.rpartition("@")
     return text.replace(user_and_password + at, "") if at else text
 

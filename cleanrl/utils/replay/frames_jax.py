@@ -1,4 +1,4 @@
-"""The replay buffer's frames as one array of JAX. Nothing is moved to or from a device implicitly."""
+"""The replay buffer's frames as one JAX array. Nothing is moved to or from a device implicitly."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The replay buffer's frames as one tensor of PyTorch."""
+"""The replay buffer's frames as one PyTorch tensor."""
 
 import numpy as np
 import torch

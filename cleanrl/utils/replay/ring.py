@@ -11,7 +11,7 @@ import numpy as np
 
 from cleanrl.utils.games.parallel_envs import StepResult
 
-# An episode has a transition for each of its ends, so that at least half of all draws hit one.
+# Every end of an episode comes after a transition, so at least half of all draws hit a transition.
 MOST_DRAWS = 1000
 
 
@@ -22,7 +22,7 @@ class Frames(Protocol):
         """Puts `frames` (n, 84, 84) into `slots`, integers (n,), each of them once."""
 
     def read(self, slots: np.ndarray) -> np.ndarray:
-        """Those at `slots`, integers (...): an array (..., 84, 84) of NumPy."""
+        """Those at `slots`, integers (...): a NumPy array (..., 84, 84)."""
 
     def place(self, batch: "Batch", device: Any) -> tuple[Any, "Batch"]:
         """All frames, or a copy of the batch's own, on a device; and the batch, with its stacks in them."""
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     An observation is `frames[stacks]`, uint8 (..., 4, 84, 84): see `Frames.place`. `rewards` are discounted
     sums of up to n steps, `discounts` γ to the power of the steps summed, `next_stacks` the observations
-    after them, `terminations` 1 where the episode ended there by itself.
+    after them, `terminations` 1 where the episode terminated there.
     """
 
     stacks: np.ndarray  # int64 (..., 4): where each observation's frames lie, oldest first
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
         return Batch(*(None if column is None else column[index] for column in self))
 
 
-COLUMNS = {  # of a slot, beside its frame and the Q-values
+COLUMNS = {  # of a slot, besides its frame and Q-values
     "stack_depths": np.uint8,  # earlier frames of the same episode in the observation's stack, at most 3
     "actions": np.uint8,
     "rewards": np.float32,
@@ -159,7 +159,7 @@ class ReplayBuffer:
         return envs * self.num_slots + positions % self.num_slots
 
     def drawable_per_env(self) -> np.ndarray:
-        """How many positions of each environment, the newest at heads - n, `draw` chooses from."""
+        """How many positions of each environment `draw` chooses from; the newest is heads - n."""
         overwritten = np.maximum(self.heads + 1 - self.num_slots, 0)
         oldest = np.where(overwritten > 0, overwritten + 3, 0)
         return np.maximum(self.heads - self.n_step + 1 - oldest, 0)
@@ -237,7 +237,7 @@ class ReplayBuffer:
         return {"frames": self.frames.read(slots)} | {name: of[slots] for name, of in self.columns.items()}
 
     def write(self, slots: np.ndarray, rows: dict[str, np.ndarray]) -> None:
-        """Puts back what `read` gave, all of it or some; the heads are set by themselves."""
+        """Puts back what `read` gave, all of it or some; the caller sets the heads."""
         for name in rows.keys() & self.columns.keys():
             self.columns[name][slots] = rows[name]
         self.frames.write(slots, rows["frames"])

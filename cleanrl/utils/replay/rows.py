@@ -50,14 +50,14 @@ def check_range(oldest: Any, heads: Any, num_envs: int | None = None) -> tuple[n
     try:
         oldest, heads = (np.array(numbers, dtype=np.int64) for numbers in (oldest, heads))
     except (TypeError, ValueError, OverflowError):
-        raise DamagedError("its positions are no positions") from None
+        raise DamagedError("its positions are invalid") from None
     is_range = oldest.ndim == 1 and oldest.shape == heads.shape and len(heads) > 0
     if not is_range or (oldest < 0).any() or (oldest > heads).any() or (heads > MOST).any():
-        raise DamagedError("its positions are no positions")
+        raise DamagedError("its positions are invalid")
     if (heads - oldest + 1).sum() > MOST_ROWS:
         raise DamagedError("it is larger than any replay buffer")
     if num_envs is not None and len(heads) != num_envs:
-        raise DamagedError(f"it is of {len(heads)} environments, not of {num_envs}")
+        raise DamagedError(f"it has {len(heads)} environments, not {num_envs}")
     return oldest, heads
 
 

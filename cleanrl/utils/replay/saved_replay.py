@@ -139,7 +139,7 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
     try:
         content = read_manifest(folder / MANIFEST)
         if content.get("format") != FORMAT:
-            raise DamagedError(f"{MANIFEST} is not a replay's")
+            raise DamagedError(f"{MANIFEST} does not describe a replay")
         if content.get("version") != VERSION:
             raise DamagedError(f"{MANIFEST} has version {content.get('version')}, not {VERSION}")
         if (content["env_id"], content["num_actions"]) != (env_id, num_actions):
@@ -155,7 +155,7 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
     except DamagedError as fault:
         raise SystemExit(f"error: {source}: {fault}; use a replay saved for this game") from None
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise SystemExit(f"error: {source}: {MANIFEST} is not a replay's; save it again") from None
+        raise SystemExit(f"error: {source}: {MANIFEST} does not describe a replay; save it again") from None
     # Of a ring that was full, the 3 oldest rows lack frames, and the next may be one that ended an episode.
     fewest_steps = int((heads - oldest - np.where(oldest > 0, 4, 0)).min())
     if saved.num_rows < args.batch_size or fewest_steps < args.n_step:

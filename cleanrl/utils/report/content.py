@@ -107,13 +107,13 @@ def results(groups: Sequence[Group], last_games: int) -> list[Block]:
             ]
         )
     explanations = [
-        "Final evaluation: a run's score, the mean return of the games it played after training; which ones"
-        " was fixed beforehand. Games: how many each run played.",
+        "Final evaluation: a run's score, the mean return of the games it played after training; these"
+        " were fixed beforehand. Games: how many each run played.",
         f"Last {last_games} games in training: only of runs that finished that many. They favour short games:"
-        " where those are the won ones, as in Pong, the mean is too high, and where they are the lost ones,"
+        " if those are the wins, as in Pong, the mean is too high, and if they are the losses,"
         " too low.",
         "Both are the mean over seeds ± their sample standard deviation (n − 1), which a single seed lacks.",
-        "Teacher: its mean return in the games each run let it play first; its games: how many.",
+        "Teacher: its mean return in the games it plays first in each run; its games: how many.",
         "Returns are of whole games, rewards unclipped; online steps are environment steps of 4 frames.",
         "Published: QDagger's last episodic returns, mean ± standard deviation over 3 seeds (whether n or"
         " n − 1 was the divisor is not known).",

@@ -65,8 +65,8 @@ def learning_curves(groups: Sequence[Group], last_games: int, folder: Path) -> l
         explanation = (
             "Steps are environment steps: first those in which QDagger's teacher played to fill the buffer,"
             " then those of the online phase. The offline phase takes none, so its last evaluation is plotted"
-            " where the online phase begins. Not counted are evaluations and the steps in which the teacher"
-            " was trained, during which it may have saved its replay."
+            " where the online phase begins. Evaluations are not counted, nor are the steps in which the"
+            " teacher was trained, even if it saved its replay then."
         )
         blocks += [Heading(2, "QDagger beside DQN from scratch"), Paragraph(explanation), *comparisons]
     return blocks

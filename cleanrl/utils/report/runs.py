@@ -118,7 +118,7 @@ def find_run_folders(paths: Iterable[Path]) -> list[Path]:
     folders: dict[Path, Path] = {}  # by real path, as there may be two ways to one folder
     for path in paths:
         if not is_folder(path):
-            raise SystemExit(f"error: {shown(path)} is not a folder; name a run's, or one above it")
+            raise SystemExit(f"error: {shown(path)} is not a folder; name a run's folder or one above it")
         seen = set()
         for name, subfolders, _ in os.walk(path, followlinks=True):
             folder, real_path = Path(name), Path(name).resolve()

@@ -1,1 +1,1 @@
-"""A training run: its options, folder, checkpoints, curves, videos and models. The door is `training_run`."""
+"""A training run: its options, folder, checkpoints, curves, videos and models. Start at `training_run`."""

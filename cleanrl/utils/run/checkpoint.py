@@ -60,7 +60,7 @@ class SavedRows:
 
 
 class Checkpoint:
-    """One that is complete: every file of it exists as it was written.
+    """A complete one: every one of its files exists as it was written.
 
     script: the script's name
     options: the run's
@@ -90,7 +90,7 @@ class Checkpoint:
             if not (is_plain and sizes_are_sizes and isinstance(self.options, dict)):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
-            raise DamagedError(f"{self.name} is not a checkpoint's") from None
+            raise DamagedError(f"{self.name} does not describe a checkpoint") from None
 
     def files(self) -> list[FileEntry]:
         rows = [file for saved in self.replays.values() for file in saved.files]
@@ -105,7 +105,7 @@ class Checkpoint:
         return read_tree(self.folder, self.state)
 
     def restore(self, state: Any, num_envs: int, teacher: str | None) -> tuple[Any, dict[str, float]]:
-        """Brings a run's new state to where it was; returns its games' states and its mean returns.
+        """Restores a run's state into a new one; returns its games' states and its mean returns.
 
         The run has `num_envs` games; `teacher` is the fingerprint of the teacher that it is resumed with.
 
@@ -128,8 +128,8 @@ class Checkpoint:
             raise DamagedError("its state is not what it should be") from None
         if saved.get("teacher", teacher) != teacher:
             raise SystemExit(
-                f"error: --resume {self.folder.parent}: its teacher was another one, with other weights; name"
-                " that one with --teacher-model-path or --teacher-revision"
+                f"error: --resume {self.folder.parent}: its teacher had other weights; name that teacher"
+                " with --teacher-model-path or --teacher-revision"
             )
         for replay in replays_of(state).values():  # of a checkpoint that was tried before
             replay.free()
@@ -163,7 +163,7 @@ def complete_checkpoints(run_folder: Path) -> Iterator[Checkpoint]:
         SystemExit: with a one-line error, if there is none, or no further one.
     """
     if not is_folder(run_folder):
-        raise SystemExit(f"error: --resume {shown(run_folder)} is not a folder; name a run's, runs/…")
+        raise SystemExit(f"error: --resume {shown(run_folder)} is not a folder; name a run's folder, runs/…")
     candidates = manifests(run_folder)
     if not candidates:
         raise SystemExit(f"error: --resume {run_folder} has no checkpoint: it has finished, or never started")

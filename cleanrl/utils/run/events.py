@@ -85,7 +85,7 @@ class EventWriter:
             Category(
                 title=section,
                 chart=[
-                    # TensorBoard takes a tag for a regular expression that has to match at the start.
+                    # TensorBoard treats a tag as a regular expression that has to match at the start.
                     Chart(
                         title=title,
                         multiline=MultilineChartContent(tag=[f"{re.escape(tag)}$" for tag in tags]),
@@ -104,7 +104,7 @@ class EventWriter:
         self._add(summary=Summary(value=[value]))
 
     def add_video(self, tag: str, path: Path, step: int) -> None:
-        """Adds the beginning of an mp4 file as a picture that moves, on the page of images.
+        """Adds the beginning of an mp4 file as an animated picture, on the page of images.
 
         Raises:
             OSError: the file is no video.

@@ -44,7 +44,7 @@ def is_folder(path: Path) -> bool:
 
 
 def checkpoint_files(run_folder: Path) -> dict[Path, int]:
-    """The files that checkpoints consist of, or would have, and their numbers; others there are not ours."""
+    """The files of checkpoints, complete or not, and their numbers; other files there are not ours."""
     found = {}
     for path in (run_folder / "checkpoints").glob("*-*"):
         name = re.fullmatch(r"(checkpoint-(\d+)\.json|(state|rows)-(\d+)\.zst)(\.partial)?", path.name)
@@ -86,7 +86,7 @@ def event_files(run_folder: Path) -> list[Path]:
 
 
 def saved_model(run_folder: Path) -> Path | None:
-    """The model of a run's end beside those of its evaluations; None if there is no such one."""
+    """The model from a run's end, not those of its evaluations; None if there is none."""
     models = {path.stem: path for path in run_folder.glob("*.cleanrl_model")}
     of_evaluations = {f"{name}{suffix}" for name in models for suffix in ("-offline", "-best")}
     found = models.keys() - of_evaluations

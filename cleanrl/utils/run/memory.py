@@ -1,4 +1,4 @@
-"""How much memory the replay buffers take, whether there is that much, and where they lie."""
+"""How much memory the replay buffers take, whether there is that much, and where they are kept."""
 
 import math
 from contextlib import suppress
@@ -15,7 +15,7 @@ from cleanrl.utils.replay.ring import Frames, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import open_replay
 from cleanrl.utils.run.checkpoint import replay_sizes
 
-# What a run takes beside its replay buffer, measured and rounded up.
+# What a run takes besides its replay buffer, measured and rounded up.
 PROCESS_BYTES, WORKER_BYTES, GPU_BYTES = 1_500_000_000, 150_000_000, 2_000_000_000
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUP_FILES = [  # limit, usage, and the file cache in it, a line of memory.stat: version 2, version 1
@@ -44,9 +44,9 @@ def plan_replay(args: Any, num_actions: int, frames_type: type, device: Any) -> 
 def plan_replays(args: Any, num_actions: int, frames_type: type, device: Any) -> list[ReplayBuffer]:
     """QDagger's two replay buffers, the teacher's and the student's: as `plan_replay`, for the larger one.
 
-    Only one of them may take memory at a time. The teacher's is as large as the saved replay, if any; that
-    is not looked for any more once a run that is resumed has taken it in. Then its buffer is as large as the
-    one in the checkpoint or, if the online phase has begun, where it has no use any more, as the student's.
+    Only one of them may take memory at a time. The teacher's is as large as the saved replay, if any. A
+    resumed run that has loaded it does not look for it again: the teacher's buffer is then as large as the
+    one in the checkpoint or, if the online phase has begun and it is no longer used, as the student's.
 
     Raises:
         SystemExit: with a one-line error, if it does not fit, or the saved replay cannot be used.
@@ -155,7 +155,7 @@ def place_replay_buffer(
     memory = {"cpu": "host memory", "cuda": "GPU memory"}[place]
     print(
         f"memory: {gigabytes(num_bytes)} of {memory} for the replay buffer, about {gigabytes(beside[place])} "
-        f"for everything else; {gigabytes(free[place] + beside[place])} are free"
+        f"for everything else; {gigabytes(free[place] + beside[place])} is free"
     )
     if num_bytes > free[place]:
         fitting = int(0.99 * capacity * max(free[place], 0) / num_bytes)

@@ -57,13 +57,13 @@ class RunOptions:
     exp_name: Name
     """name of the experiment; part of the name of the run's folder"""
     seed: Seed = 1
-    """seed of the experiment; on a CPU the same seed gives the same bits"""
+    """seed of the experiment; on a CPU, the same seed gives identical results"""
     torch_deterministic: bool = True
     """use only deterministic algorithms of cuDNN (PyTorch) or XLA (JAX) on a GPU"""
     cuda: bool = True
     """train on the GPU if there is one"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay buffer's frames lie; auto: on the training device if they fit, else in host memory"""
+    """device of the replay buffer's frames; auto: on the training device if they fit, else in host memory"""
     cuda_graphs: bool = True
     """launch the kernels of a gradient step together on a GPU, as a CUDA graph"""
     track: bool = False
@@ -79,9 +79,9 @@ class RunOptions:
     upload_model: bool = False
     """publish the model on the Hugging Face Hub at the end, as {hf_entity}/{env_id}-{exp_name}-seed{seed}"""
     hf_entity: str | None = None
-    """the user or organization on the Hub (default: the user whose token it is)"""
+    """the user or organization on the Hub (default: the token's user)"""
     checkpoint_interval: NonNegativeFloat = 600.0
-    """seconds between two checkpoints of the whole run; 0: only when it is stopped"""
+    """seconds between checkpoints of the whole run; 0: only when it is stopped"""
     resume: str | None = None
     """resume the run in this folder with its options; auto: the newest unfinished one"""
 
@@ -112,7 +112,7 @@ class TeacherOptions(RunOptions):
     teacher_model_path: Path | None = None
     """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
     teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
-    """how the teacher acts: argmax of its Q-values, or sample its policy; auto: an actor-critic samples"""
+    """how the teacher acts: argmax of Q-values, or sample from its policy; auto: an actor-critic samples"""
     teacher_replay_path: Path | None = None
     """learn offline from this folder, saved with dqn_atari's --save-replay, instead of from new play"""
     teacher_eval_episodes: PositiveInt = 10

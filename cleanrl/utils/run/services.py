@@ -10,7 +10,7 @@ from cleanrl.utils.run.tracking import check_tracking
 def check_services(args: Any) -> None:
     """Ensures that Weights & Biases and the Hub will take what the script's options ask for.
 
-    `hf_entity` becomes the user whose token it is, unless it is given.
+    `hf_entity` becomes the token's user, unless it is given.
 
     Raises:
         SystemExit: with a one-line error, if they will not.

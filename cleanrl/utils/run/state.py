@@ -2,9 +2,9 @@
 
 | a field that is                                | is saved as                                  |
 |------------------------------------------------|----------------------------------------------|
-| a module or optimizer of PyTorch               | its `state_dict()`                           |
-| a dataclass of JAX's arrays                    | its leaves                                   |
-| a random generator of NumPy                    | the state of its bit generator               |
+| a PyTorch module or optimizer                  | its `state_dict()`                           |
+| a dataclass of JAX arrays                      | its leaves                                   |
+| a NumPy random generator                       | the state of its bit generator               |
 | a replay buffer                                | its rows, in files of their own              |
 | a number, string, None, array, or a list, tuple or dict of these | itself                     |
 """

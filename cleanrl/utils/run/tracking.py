@@ -40,7 +40,7 @@ def check_tracking(project: str) -> None:
         ) from None
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
         raise SystemExit(
-            "error: --track: nobody is logged in to Weights & Biases; run wandb login, set WANDB_API_KEY, or"
+            "error: --track: not logged in to Weights & Biases; run wandb login, set WANDB_API_KEY, or"
             " set WANDB_MODE=offline and send the run later with wandb sync"
         )
 
@@ -75,7 +75,7 @@ class Tracker:
         except wandb.Error as error:
             fault = " ".join(str(error).split())
             raise SystemExit(
-                f"error: --track: Weights & Biases does not take the run ({fault}); set WANDB_MODE=offline"
+                f"error: --track: Weights & Biases refused the run ({fault}); set WANDB_MODE=offline"
                 " and send it later with wandb sync"
             ) from None
         # Each curve has steps of its own: games end at other steps than losses are written.

@@ -60,7 +60,7 @@ class TrainingRun:
     Args:
         args: the script's.
         script: the script's file.
-        state: a new state; of a resumed run it is brought to where the checkpoint was made. It has
+        state: a new state; if the run is resumed, its checkpoint is restored into it. It has
             `gradient_steps`.
         make_env: makes a game from its id, the probability of sticky actions and the options of `evaluate`.
         model: the name of the state's field with the network that a stopped run keeps.
@@ -196,7 +196,7 @@ class TrainingRun:
 
     @contextmanager
     def open_envs(self, num_envs: int, seed: Sequence[int]) -> Iterator[ParallelEnvs]:
-        """Environments with new games from `seed`; or, of a resumed run, with its own where they stood."""
+        """Environments with new games from `seed` or, if the run was resumed, with its games as they were."""
         with ParallelEnvs([self._make_game] * num_envs) as envs:
             if self._saved_games and list(self._saved_games[0]) == list(seed):
                 envs.set_states(self._saved_games[1])
@@ -258,8 +258,8 @@ class TrainingRun:
     def plot(self, values: dict[str, Any], step: int) -> None:
         """Adds a point at `step` to each curve, by its tag in `charts.TAGS`.
 
-        Values may be on a device still. They are read when the next ones come or a checkpoint is made, and
-        the device has long computed them. A loss that is not finite then ends the run.
+        Values may still be on a device. They are read when the next ones come or a checkpoint is made;
+        by then the device has computed them. A loss that is not finite then ends the run.
 
         Raises:
             SystemExit: with a one-line error, for a loss that is not finite.
@@ -301,7 +301,7 @@ class TrainingRun:
             save_weights(self.folder / f"{self.args.exp_name}{suffix}.cleanrl_model", network)
 
     def keep_if_best(self, mean_return: float) -> None:
-        """Saves the network as {exp_name}-best.cleanrl_model, if no evaluation online returned as much."""
+        """Saves the network as {exp_name}-best.cleanrl_model, if no online evaluation returned as much."""
         if mean_return > self._mean_returns.get("best", -math.inf):
             self._mean_returns["best"] = mean_return
             self.save_model(getattr(self.state, self.model), "-best")

@@ -4,8 +4,8 @@
         --command "python cleanrl/qdagger_dqn_atari_impalacnn.py --preset quick" \\
         --search temperature=0.02:1:log distill-weight=0.3:10:log learning-rate=1e-4:2e-3:log
 
-Each trial is a run, scored by its final evaluation and pruned by those offline. Started again, the search
-resumes, also the runs that it was stopped in. See docs/tuning.md.
+Each trial is a run, scored by its final evaluation and pruned by its offline ones. Started again, the search
+resumes, including its interrupted runs. See docs/tuning.md.
 """
 
 import importlib.util
@@ -39,9 +39,9 @@ class Args:
     search: tuple[str, ...]
     """what varies, as temperature=0.02:1:log (a range), n-step=1:5 (of whole numbers), td-loss=mse,huber"""
     study: Annotated[str, NameRule(90)] = "study"
-    """name of the search; all it knows is in runs/tune/{study}.db"""
+    """name of the search, which is kept in runs/tune/{study}.db"""
     trials: PositiveInt = 20
-    """runs in all, pruned ones and those of earlier starts included"""
+    """runs in all, including pruned ones and those of earlier starts"""
     workers: PositiveInt = 1
     """runs at a time"""
     warm_up_trials: NonNegativeInt = 5

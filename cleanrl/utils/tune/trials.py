@@ -93,7 +93,7 @@ class Attempt:
     next_reading: float = 0.0  # time.monotonic() from which on to read the event files again
 
     def follow(self, runner: LocalRunner) -> bool:
-        """Reports new evaluations offline; stops the run if others did better; returns whether it ended."""
+        """Reports new offline evaluations; stops the run if others did better; returns whether it ended."""
         is_active = self.job in runner.running or self.job in runner.waiting
         start_time = time.monotonic()
         if is_active and start_time < self.next_reading:
@@ -124,7 +124,7 @@ class Attempt:
         return True
 
     def _returns(self) -> tuple[list[tuple[int, float]], list[float]]:
-        """Step and mean return of each evaluation offline, and the returns of the final evaluation."""
+        """Step and mean return of each offline evaluation, and the returns of the final evaluation."""
         folder = self.job.run_folder
         try:
             _, curves = read_curves(event_files(folder) if folder else [], faults=[])
@@ -168,7 +168,7 @@ class Search:
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def next(self) -> Attempt:
-        """A trial of the values that are most promising after those so far."""
+        """A trial of the most promising values, given the trials so far."""
         return self._attempt(self.study.ask(self.space))
 
     def num_trials(self) -> int:

@@ -107,7 +107,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise
     except pickle.UnpicklingError:  # torch's message has many lines and advises to trust the file
         raise BadWeightsError(
-            "is refused: it holds Python objects beside tensors, which could run code, or is"
+            "is refused: it holds Python objects besides tensors, which could run code, or is"
             " damaged; save network.state_dict() alone, or download it again."
         ) from None
     except Exception:  # EOFError, RuntimeError, OSError, IndexError …, depending on where the damage is

@@ -163,18 +163,18 @@ def check_weights(
     differences += [_first_three(wrong_shapes)] if wrong_shapes else []
     if differences:
         raise SystemExit(
-            f"error: {source} was taken for weights of {kind}, but the architecture is another one"
+            f"error: {source} was taken for weights of {kind}, but the architecture differs"
             f" ({'; '.join(differences)})."
         )
     for name, array in weights.items():
         if array.dtype.kind != "f":
             raise SystemExit(
-                f"error: {source} holds weights of {kind} of which {name} is {array.dtype};"
+                f"error: {source} holds weights of {kind}, but {name} is {array.dtype};"
                 " save floating-point weights."
             )
         if not np.isfinite(array).all():
             raise SystemExit(
-                f"error: {source} holds weights of {kind} of which {name} has NaN or infinite values;"
+                f"error: {source} holds weights of {kind}, but {name} has NaN or infinite values;"
                 " use another file."
             )
 
