@@ -139,14 +139,20 @@ def _stable_baselines3_policy(file: BinaryIO) -> io.BytesIO | None:
     Raises:
         BadWeightsError: it is too large once it is unpacked.
     """
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
+    if not _is_zip(file):
         return None
     with _open_zip(file) as archive:
         policies = [path for path in archive.namelist() if PurePosixPath(path).name == "policy.pth"]
         policy = io.BytesIO(_read_record(archive, policies[0])) if len(policies) == 1 else None
     file.seek(0)
     return policy
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    """As torch decides; `zipfile.is_zipfile` also takes an old pickle with an archive behind it for one."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    return is_zip
 
 
 def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
@@ -165,14 +171,12 @@ def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
 def _check_pickles(file: BinaryIO) -> None:
     """Raises BadWeightsError if torch would make more of a file than a network is."""
     content = file
-    if zipfile.is_zipfile(file):
+    if _is_zip(file):
         with _open_zip(file) as archive:
             if sum(record.file_size for record in archive.infolist()) > MOST_BYTES:
                 raise BadWeightsError(TOO_LARGE)
             pickles = [_read_record(archive, name) for name in archive.namelist() if name.endswith(".pkl")]
         content = io.BytesIO(b"".join(pickles))
-    else:
-        file.seek(0)
     with suppress(ValueError):  # it ends early, or is none of torch's
         for _ in range(NUM_PICKLES):
             for count, _ in enumerate(pickletools.genops(content)):
