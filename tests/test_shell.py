@@ -58,6 +58,15 @@ def test_output_without_a_reader_or_a_place_is_dropped(tmp_path, redirection):
     assert "Error" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("encoding", "minus"), [("utf-8", "−1"), ("latin-1", "\\u22121"), ("ascii", "\\u22121")]
+)
+def test_what_an_encoding_lacks_is_escaped(encoding, minus, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    program = "from cleanrl.utils.shell import prepare_command; prepare_command(); print('−1')"
+    assert run_python(Path(), "-c", program) == (0, f"{minus}\n", "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_beginning_of_the_help_is_enough(tmp_path, command):
     process = start_python(ROOT, *command.split(), "--help")

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ class Output:
 
     def __init__(self, stream: IO[str] | None):
         self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        if isinstance(self.stream, TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")  # λ or − in an old encoding must not end a run
 
     def write(self, text: str) -> int:
         self._try(self.stream.write, text)
