@@ -474,6 +474,8 @@ def test_progress_is_tqdms_line_without_its_bar(tmp_path):
     log.write_text("(2) the student learns" + stream.getvalue())
     assert last_line(log) == line
     assert short_progress("(2) the student learns") == "(2) the student learns"
+    endless = "a: 1% [1<" * 2000  # which would take the search for progress minutes
+    assert short_progress(endless) == endless
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 STARTED = "--- started"  # the beginning of the log's first line of each start
 MOST_BYTES, KEPT_BYTES = 10_000_000, 1_000_000  # a log that grows beyond the first is cut to the second
 TAIL_BYTES = 16 * 1024  # the end of a log in which its last line is looked for
+MOST_CHARACTERS = 500  # of a progress line; in longer ones the search below would take minutes
 PROGRESS = re.compile(
     r"(?P<phase>.*?): +(?P<percent>\d+%).*\[[^<]*<(?P<left>[^,]+), *(?P<speed>[^,\]]+)(, (?P<more>.*))?\]$"
 )
@@ -49,7 +50,7 @@ def tail(log: Path) -> list[str]:
 
 def short_progress(line: str) -> str:
     """A progress line of tqdm without its bar: phase, percentage, speed, time left; other lines unchanged."""
-    match = PROGRESS.match(line)
+    match = PROGRESS.match(line[:MOST_CHARACTERS])
     if not match:
         return line
     parts = [f"{match['phase']} {match['percent']}", match["speed"].strip(), f"{match['left']} left"]
