@@ -736,7 +736,7 @@ def main(args: Args) -> None:
         check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":
             if args.teacher_replay_path:
-                load_replay(args, state.teacher_replay, partial(compute_q_values, teacher))
+                load_replay(args, state.teacher_replay, partial(compute_q_values, teacher), run.checkpoint)
             elif args.offline_steps:
                 fill_teacher_replay(args, state, teacher, run)
             state.phase = "offline"

@@ -221,5 +221,5 @@ def load(
     )  # fmt: skip
     replay, _ = plan_replays(args, NUM_ACTIONS, frames_type, frames_type.host())
     with mock.patch.object(saved_replay, "STACKS_AT_A_TIME", 5):
-        saved_replay.load_replay(args, replay, compute_q_values)
+        saved_replay.load_replay(args, replay, compute_q_values, checkpoint=lambda: None)
     return replay

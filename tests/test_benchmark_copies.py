@@ -13,7 +13,7 @@ import pytest
 from cleanrl.utils.benchmark import copies as benchmark_copies
 from cleanrl.utils.benchmark.copies import FolderSender, Home, SupersededError
 from cleanrl.utils.run.checkpoint import CheckpointWriter, cut_events, newest_checkpoint
-from cleanrl.utils.run.folders import manifests
+from cleanrl.utils.run.folders import lock_run, manifests, release_finished
 
 NAME = "Pong__test__1"
 
@@ -245,7 +245,9 @@ def test_a_finished_run_is_complete_or_not_finished(home, machine, run):
     machine.send(run)
     model = run.folder / "test.cleanrl_model"
     model.write_bytes(b"weights")
+    lock = lock_run(run.folder)
     run.checkpoints.remove_all()
+    release_finished(run.folder, lock)
     machine.send(run)
     copy = home_folder(home, run)
     assert (copy / "checkpoints").exists()

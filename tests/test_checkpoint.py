@@ -21,7 +21,7 @@ from cleanrl.utils.run.checkpoint import (
     newest_checkpoint,
     saved_options,
 )
-from cleanrl.utils.run.folders import manifests, newest_unfinished_run
+from cleanrl.utils.run.folders import lock_run, manifests, newest_unfinished_run, release_finished
 from cleanrl.utils.storage import FileEntry, read_manifest, read_tree, write_manifest
 
 DAMAGES = ["missing", "truncated", "bit-flipped"]
@@ -200,9 +200,23 @@ def test_a_full_buffer_that_is_resumed_as_a_larger_one_can_be_saved_again(writer
     assert_transitions(batch, stream, keys_of(batch))
 
 
-def test_a_finished_run_has_no_checkpoints(writer, folder):
+@pytest.mark.parametrize("is_nfs", [False, True])
+def test_a_finished_run_has_no_checkpoints(writer, folder, monkeypatch, is_nfs):
     save(writer)
+    lock = lock_run(folder)
+
+    def unlink_on_nfs(path: Path, missing_ok: bool = False) -> None:
+        """A file that is open does not go: it is renamed."""
+        if path.name == "lock" and lock.is_locked:
+            path.rename(path.with_name(".nfs0001"))
+        else:
+            unlink(path, missing_ok)
+
+    unlink = Path.unlink
+    if is_nfs:
+        monkeypatch.setattr(Path, "unlink", unlink_on_nfs)
     writer.remove_all()
+    release_finished(folder, lock)
     assert list(folder.iterdir()) == []
 
 
@@ -377,6 +391,9 @@ def test_numbers_beyond_six_digits_are_newer(folder, writer):
     assert newest_checkpoint(folder).read_state() == 2
 
 
+EMPTY = {"capacity": 9, "oldest": [0], "heads": [0], "files": []}
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
     [
@@ -390,8 +407,12 @@ def test_numbers_beyond_six_digits_are_newer(folder, writer):
         ("event_files", ["events.out.tfevents.1"]),
         ("state", ["../state.zst", "0" * 64]),
         ("options", ["seed"]),
-        ("replays", {"replay": {"capacity": -1, "oldest": [0], "heads": [0], "files": []}}),
-        ("replays", {"replay": {"capacity": "9", "oldest": [0], "heads": [0], "files": []}}),
+        ("replays", {"replay": EMPTY | {"capacity": -1}}),
+        ("replays", {"replay": EMPTY | {"capacity": "9"}}),
+        *(
+            ("replays", {"replay": EMPTY | {"files": [{"name": "rows-1.zst", "sha256": "", "last": last}]}})
+            for last in ("a", None, [], [0, 0], ["0"], [0.5])
+        ),
     ],
 )
 def test_a_manifest_with_other_places_in_it_is_passed_over(two_checkpoints, capsys, part, value):

@@ -51,7 +51,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 
 NONSENSE = [
-    ("--num-envs 0", ["--num-envs 0", "between 1 and 4096"]),
+    ("--num-envs 0", ["--num-envs 0", "between 1 and 1024"]),
     ("--seed 4294967296", ["--seed 4294967296", "between 0 and 4294967295"]),
     ("--batch-size 11 --buffer-size 10", ["--batch-size 11", "--buffer-size 10"]),
     ("--tau 0", ["--tau 0.0 must be above 0"]),

@@ -208,46 +208,63 @@ def test_qdagger_trains_offline_on_the_replay_without_the_teacher_playing_and_wi
         assert np.isfinite(curves[tag]).all()
 
 
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts the PyTorch script in a folder of that name, and stops it in the phase `stop_in`."""
+    simplify(monkeypatch, TORCH)
+    checkpoint = TrainingRun.checkpoint
+
+    def start_in(folder: str, *options: str, stop_in: str | None = None) -> None:
+        def checkpoint_or_stop(run: TrainingRun) -> None:
+            is_loading = run.state.phase == "teacher" and run.state.teacher_replay.frames is not None
+            if stop_in == ("loading" if is_loading else run.state.phase):
+                signal.raise_signal(signal.SIGTERM)
+            checkpoint(run)
+
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(TrainingRun, "checkpoint", checkpoint_or_stop)
+        words = [*tiny_options(name_of(TORCH)), "--buffer-size", "1000", *options]
+        monkeypatch.setattr(sys, "argv", [TORCH.__file__, *words])
+        if stop_in is None:
+            TORCH.main(TORCH.read_arguments(TORCH.Args))
+        else:
+            with pytest.raises(SystemExit, match="143"):
+                TORCH.main(TORCH.read_arguments(TORCH.Args))
+
+    return start_in
+
+
 @pytest.mark.parametrize(
     ("phase", "is_full"), [("teacher", False), ("offline", False), ("offline", True), ("online", False)]
 )
 def test_a_resumed_run_needs_the_replay_only_until_it_has_taken_it_in(
-    pong, saved, tmp_path, monkeypatch, phase, is_full
+    pong, saved, tmp_path, start, phase, is_full
 ):
     """It may then be gone; before, it may be at another place. The run ends with the bits of another one,
     though it is resumed twice, and also where the rings of the replay were full."""
-    simplify(monkeypatch, TORCH)
-    checkpoint = TrainingRun.checkpoint
-
-    def stop_in_phase(run: TrainingRun) -> None:
-        if run.state.phase == phase:
-            signal.raise_signal(signal.SIGTERM)
-        checkpoint(run)
-
-    def start(folder: str, *options: str) -> None:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / folder)
-        words = [*tiny_options(name_of(TORCH)), "--buffer-size", "1000", *options]
-        monkeypatch.setattr(sys, "argv", [TORCH.__file__, *words])
-        TORCH.main(TORCH.read_arguments(TORCH.Args))
-
     shutil.copytree(saved(TorchFrames, LONG)[0] if is_full else pong, tmp_path / "replay")
     replay = "--teacher-replay-path", str(tmp_path / "replay")
     start("calm", *replay)
-    monkeypatch.setattr(TrainingRun, "checkpoint", stop_in_phase)
-    with pytest.raises(SystemExit, match="143"):
-        start("stopped", *replay)
+    start("stopped", *replay, stop_in=phase)
     (tmp_path / "replay").rename(tmp_path / "elsewhere")
-    if phase != "teacher":
-        with pytest.raises(SystemExit, match="143"):
-            start("stopped", "--resume", "auto")
-    monkeypatch.setattr(TrainingRun, "checkpoint", checkpoint)
     if phase == "teacher":
         with pytest.raises(SystemExit, match="replay is not a folder"):
             start("stopped", "--resume", "auto")
         start("stopped", "--resume", "auto", "--teacher-replay-path", str(tmp_path / "elsewhere"))
     else:
+        start("stopped", "--resume", "auto", stop_in=phase)
         start("stopped", "--resume", "auto")
+    assert differences(outcome(tmp_path / "calm"), outcome(tmp_path / "stopped")) == []
+
+
+def test_a_run_stopped_while_it_loads_a_replay_loads_all_of_it_again(pong, saved, tmp_path, start):
+    """Of another size and number of environments, too."""
+    replay = "--teacher-replay-path", str(saved(TorchFrames, LONG)[0])
+    start("calm", *replay)
+    start("stopped", "--teacher-replay-path", str(pong), stop_in="loading")
+    start("stopped", "--resume", "auto", *replay, stop_in="loading")
+    start("stopped", "--resume", "auto")
     assert differences(outcome(tmp_path / "calm"), outcome(tmp_path / "stopped")) == []
 
 

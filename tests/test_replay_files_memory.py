@@ -28,7 +28,7 @@ def loading(folder: Path) -> Callable[[], None]:
 
     args = SimpleNamespace(teacher_replay_path=folder, env_id=PONG, batch_size=1, n_step=1)
     replay = ReplayBuffer(NUM_ROWS, 1, MadeFrames, NUM_ACTIONS)
-    return partial(saved_replay.load_replay, args, replay, compute_q_values)
+    return partial(saved_replay.load_replay, args, replay, compute_q_values, checkpoint=lambda: None)
 
 
 def test_saving_and_loading_take_the_memory_of_a_few_files(tmp_path):

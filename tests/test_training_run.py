@@ -203,7 +203,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint_the_model_a_line_and_its_status
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (WorkerError("environment worker 7 died"), "error: environment worker 7 died"),
+        (
+            WorkerError("environment worker 7 died (exit code 1); out of memory?"),
+            "error: environment worker 7 died (exit code 1); out of memory?",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "error: [Errno 28] No space left on device"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf the GPU"),

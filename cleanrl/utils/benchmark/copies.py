@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cleanrl.utils.benchmark.logs import shorten
-from cleanrl.utils.benchmark.records import State, is_finished, resumable
+from cleanrl.utils.benchmark.records import State, resumable
 from cleanrl.utils.run.checkpoint import Checkpoint
-from cleanrl.utils.run.folders import event_files, manifests
+from cleanrl.utils.run.folders import event_files, is_finished, manifests
 from cleanrl.utils.storage import DamagedError
 
 PIECE_BYTES = 8 * 2**20

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from cleanrl.utils.benchmark.logs import STARTED, last_words, shorten
 from cleanrl.utils.benchmark.plan import Plan
-from cleanrl.utils.benchmark.records import Job, State, is_finished, resumable
-from cleanrl.utils.run.folders import runs_named
+from cleanrl.utils.benchmark.records import Job, State, resumable
+from cleanrl.utils.games.parallel_envs import available_cores
+from cleanrl.utils.run.folders import is_finished, runs_named
 from cleanrl.utils.signals import STOP_SIGNALS, name_of
 
 POLL_S = 0.5
@@ -128,11 +129,11 @@ class RunProcess:
 
 
 class LocalRunner:
-    """Runs jobs in processes of this machine, at most `workers` at a time."""
+    """Runs jobs in processes of this machine, at most `workers` at a time, which share its cores."""
 
-    def __init__(self, jobs: list[Job], workers: int, variables: dict[str, str], grace_s: float):
-        self.waiting, self.workers = deque(jobs), workers
-        self.variables, self.grace_s = variables, grace_s
+    def __init__(self, jobs: list[Job], workers: int, grace_s: float):
+        self.waiting, self.workers, self.grace_s = deque(jobs), workers, grace_s
+        self.variables = run_environment(max(1, available_cores() // workers) if workers > 1 else None)
         self.running: dict[Job, RunProcess] = {}
         self.is_stopping = False
 

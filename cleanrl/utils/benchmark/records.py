@@ -19,7 +19,7 @@ import filelock
 from cleanrl.utils.benchmark.logs import last_line, short_progress
 from cleanrl.utils.benchmark.plan import Plan
 from cleanrl.utils.bounds import Bounds, has_kind, printable
-from cleanrl.utils.run.folders import manifests
+from cleanrl.utils.run.folders import is_finished, manifests
 from cleanrl.utils.storage import MOST_JSON_BYTES, write_durably
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
@@ -153,11 +153,6 @@ class Job:
         self.record.seconds, self.started = self.seconds, None
         self.record.state, self.record.message = state, message
         self._save()
-
-
-def is_finished(run_folder: Path) -> bool:
-    """Whether a run has finished: it then has no checkpoints any more."""
-    return run_folder.is_dir() and not (run_folder / "checkpoints").exists()
 
 
 def resumable(run_folder: Path | None) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,7 @@ def check_new_folder(folder: Path, resumed: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not all(is_own(path) for path in folder.iterdir()):
             raise SystemExit(f"error: --save-replay {folder} is not empty; name a new folder")
-        probe = folder / "probe"
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise SystemExit(f"error: --save-replay {folder}: {error.strerror}; name another folder") from None
 
@@ -167,7 +166,10 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
 
 
 def load_replay(
-    args: Any, replay: ReplayBuffer, compute_q_values: Callable[[np.ndarray], np.ndarray]
+    args: Any,
+    replay: ReplayBuffer,
+    compute_q_values: Callable[[np.ndarray], np.ndarray],
+    checkpoint: Callable[[], None],
 ) -> None:
     """Fills `replay` from the replay `teacher_replay_path`, as far as it fits.
 
@@ -175,6 +177,7 @@ def load_replay(
         args: the script's.
         replay: a buffer for as many environments.
         compute_q_values: from observations uint8 (n, 4, 84, 84) to the Q-values to be kept with them.
+        checkpoint: called before each call of `compute_q_values`; it may stop the run.
 
     Raises:
         SystemExit: with a one-line error, if a file is missing or damaged.
@@ -186,6 +189,7 @@ def load_replay(
             replay.write(slots, rows)
             # The frames of these stacks are in place: a file comes after those before it in time.
             for first in range(0, len(slots), STACKS_AT_A_TIME):
+                checkpoint()
                 chunk = slots[first : first + STACKS_AT_A_TIME]
                 replay.columns["teacher_q_values"][chunk] = compute_q_values(replay.observations(chunk))
             progress.update(len(slots))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cleanrl.utils.bounds import shown
 from cleanrl.utils.report.events import COUNT, OPTIONS, Curve, UnusableError, read_curves
 from cleanrl.utils.run.charts import EPISODIC_RETURN, EPSILON, EVALUATION_RETURN, OFFLINE_RETURN
-from cleanrl.utils.run.folders import event_files, is_folder
+from cleanrl.utils.run.folders import event_files, is_finished, is_folder
 from cleanrl.utils.run.options import MAY_CHANGE
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<start_time>\d+)")
@@ -143,7 +143,7 @@ def read_run(folder: Path, include_unfinished: bool) -> RunResults:
     if not name[0].isprintable() or len(name["env_id"].encode()) > MOST_GAME_BYTES:
         raise UnusableError("its name has control characters, or its game's is too long to name a plot")
     unfinished = None
-    if (folder / "checkpoints").exists():
+    if not is_finished(folder):
         unfinished = "unfinished: it still has checkpoints"
         if not include_unfinished:
             raise UnusableError(unfinished)

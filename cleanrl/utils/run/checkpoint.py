@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.bounds import shown
+from cleanrl.utils.bounds import has_kind, shown
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.replay.rows import check_range, fitting_rows, held_positions, rows_between
 from cleanrl.utils.run.folders import checkpoint_files, event_files, is_folder, manifests
@@ -87,7 +87,9 @@ class Checkpoint:
             is_plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)  # not a path
             sizes = [*self.event_files.values(), *(saved.capacity for saved in self.replays.values())]
             sizes_are_sizes = all(isinstance(size, int) and size >= 0 for size in sizes)
-            if not (is_plain and sizes_are_sizes and isinstance(self.options, dict)):
+            rings = [(file.last, saved.heads) for saved in self.replays.values() for file in saved.files]
+            fit = all(has_kind(last, list[int]) and len(last) == len(heads) for last, heads in rings)
+            if not (is_plain and sizes_are_sizes and fit and isinstance(self.options, dict)):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise DamagedError(f"{self.name} does not describe a checkpoint") from None
@@ -196,20 +198,21 @@ def saved_options(run_folder: Path) -> dict[str, Any]:
     Raises:
         SystemExit: with a one-line error, if it has no complete checkpoint.
     """
-    for path in manifests(run_folder) if is_folder(run_folder) else ():
+    for path in manifests(run_folder):
         with suppress(DamagedError):
             return Checkpoint(path).options
     return newest_checkpoint(run_folder).options
 
 
 def replay_sizes(run_folder: Path) -> dict[str, tuple[int, int]]:
-    """Capacity and environments of every replay buffer in a run's checkpoints, by the names of its fields."""
+    """Capacity and environments of the replay buffers in a run's checkpoints, but of no empty teacher's."""
     sizes: dict[str, tuple[int, int]] = {}
-    for path in manifests(run_folder) if is_folder(run_folder) else ():
+    for path in manifests(run_folder):
         with suppress(DamagedError):
             for name, saved in Checkpoint(path).replays.items():
                 _, heads = check_range(saved.oldest, saved.heads)
-                sizes.setdefault(name, (saved.capacity, len(heads)))
+                if heads.any() or name != "teacher_replay":
+                    sizes.setdefault(name, (saved.capacity, len(heads)))
     return sizes
 
 
@@ -266,14 +269,11 @@ class CheckpointWriter:
             self._remove_what_is_not_needed()
 
     def remove_all(self) -> None:
-        """Removes the checkpoints of a run that has finished."""
+        """Removes the checkpoints of a run that has finished; `release_finished` removes their folder."""
         for path in reversed(manifests(self.run_folder)):  # a kill in between leaves the newest, or none
             path.unlink()
         for path in checkpoint_files(self.run_folder):
             path.unlink()
-        with suppress(OSError):  # if there are files that are not ours, they and the folder stay
-            (self.folder / "lock").unlink(missing_ok=True)
-            self.folder.rmdir()
 
     def _save_rows(self, name: str, replay: ReplayBuffer) -> SavedRows:
         oldest, heads = held_positions(replay)

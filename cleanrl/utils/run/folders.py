@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def lock_run(run_folder: Path) -> filelock.FileLock:
     return lock
 
 
+def release_finished(run_folder: Path, lock: filelock.FileLock) -> None:
+    """Ends the lock of a run without checkpoints any more, and with it their folder: the run has finished."""
+    lock.release()  # first: on NFS a file that is removed while it is open stays, and so does its folder
+    with suppress(OSError):  # if there are files that are not ours, they and the folder stay
+        Path(lock.lock_file).unlink(missing_ok=True)
+        (run_folder / "checkpoints").rmdir()
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder; a name that no file can have is none."""
     try:
@@ -43,10 +52,15 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run has finished: it then has no checkpoints any more."""
+    return run_folder.is_dir() and not (run_folder / "checkpoints").exists()
+
+
 def checkpoint_files(run_folder: Path) -> dict[Path, int]:
     """The files of checkpoints, complete or not, and their numbers; other files there are not ours."""
     found = {}
-    for path in (run_folder / "checkpoints").glob("*-*"):
+    for path in (run_folder / "checkpoints").glob("*-*") if is_folder(run_folder) else ():
         name = re.fullmatch(r"(checkpoint-(\d+)\.json|(state|rows)-(\d+)\.zst)(\.partial)?", path.name)
         if name and path.is_file() and not path.is_symlink():
             found[path] = int(name[2] or name[4])
@@ -71,8 +85,7 @@ def runs_named(name: str, where: Path = Path("runs")) -> list[Path]:
 
 def newest_unfinished_run(env_id: str, exp_name: str, seed: int) -> Path | None:
     """Of the runs of that experiment and seed that have checkpoints, the one started last."""
-    unfinished = [run for run in runs_named(f"{env_id}__{exp_name}__{seed}") if manifests(run)]
-    return unfinished[-1] if unfinished else None
+    return next(filter(manifests, reversed(runs_named(f"{env_id}__{exp_name}__{seed}"))), None)
 
 
 def unfinished_runs() -> list[Path]:

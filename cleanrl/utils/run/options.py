@@ -90,7 +90,7 @@ class RunOptions:
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: Fraction = 0.0
     """sticky actions: probability that the game repeats the previous action (the paper: 0.25)"""
-    num_envs: Size = 8
+    num_envs: Annotated[int, Bounds(1, 1024)] = 8  # whose states fit into a checkpoint
     """environments that step in parallel; all step counts below are totals over all of them"""
 
 

@@ -38,7 +38,7 @@ from cleanrl.utils.run.checkpoint import (
     warn_of,
 )
 from cleanrl.utils.run.events import EventWriter
-from cleanrl.utils.run.folders import is_folder, lock_run, manifests, new_folder
+from cleanrl.utils.run.folders import lock_run, manifests, new_folder, release_finished
 from cleanrl.utils.run.options import check_unchanged
 from cleanrl.utils.run.state import capture, check_fields, fingerprint, read_numbers, replays_of
 from cleanrl.utils.run.summary import summary
@@ -87,7 +87,7 @@ class TrainingRun:
         self.args, self.script, self.state, self.model = args, script, state, model
         self.options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         self.folder = Path(args.resume) if args.resume else new_folder(args)
-        if args.resume and not (is_folder(self.folder) and manifests(self.folder)):
+        if args.resume and not manifests(self.folder):
             newest_checkpoint(self.folder)  # says why there is none
         self._teacher = None if teacher is None else fingerprint(teacher)
         self._lock = lock_run(self.folder)
@@ -153,10 +153,10 @@ class TrainingRun:
         if isinstance(exception, Stopped):
             print(f"{exception}; {how_to_resume}", file=sys.stderr)
             raise SystemExit(exception.status) from None
-        if exception and (shortage := memory_shortage(exception)):
-            raise SystemExit(f"error: {shortage}; {how_to_resume}") from None
         if isinstance(exception, WorkerError | OSError):
             raise SystemExit(f"error: {exception}; {how_to_resume}") from None
+        if exception and (shortage := memory_shortage(exception)):
+            raise SystemExit(f"error: {shortage}; {how_to_resume}") from None
 
     def _write_results(self) -> None:
         self._write_values()
@@ -168,6 +168,7 @@ class TrainingRun:
             model = self.folder / f"{self.args.exp_name}.cleanrl_model"
             self._tracker.finish(self._final_returns, model if self.args.save_model else None)
         self._checkpoints.remove_all()
+        release_finished(self.folder, self._lock)
 
     # ------------------------------------------------------------------------------------ checkpoints
 
