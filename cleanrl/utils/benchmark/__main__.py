@@ -22,7 +22,6 @@ from cleanrl.utils.benchmark.view import View, table
 from cleanrl.utils.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.games.atari import GAME_LISTS, count_actions
-from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.signals import StopSignals
 
@@ -109,9 +108,7 @@ def make_runner(args: Args, jobs: list[Job]) -> Iterator[Any]:
         SystemExit: with a one-line error if Ray is not installed or the cluster cannot be used.
     """
     if not args.ray_address:
-        workers = args.workers or 1
-        cores = max(1, available_cores() // workers) if workers > 1 else None
-        runner = LocalRunner(jobs, workers, run_environment(cores), args.grace_period)
+        runner = LocalRunner(jobs, args.workers or 1, args.grace_period)
         try:
             yield runner
         finally:

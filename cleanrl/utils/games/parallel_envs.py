@@ -61,17 +61,18 @@ class StepResult(NamedTuple):
     finished_games: list[FinishedGame]
 
 
-def _shared_array(buffer, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+def _shared_arrays(buffers: list, layout: list) -> list[np.ndarray]:
+    return [
+        np.frombuffer(buffer, dtype).reshape(shape)
+        for buffer, (shape, dtype) in zip(buffers, layout, strict=True)
+    ]
 
 
 def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, layout: list) -> None:
     """Serves commands from the main process until it sends "close" or is gone."""
     for number in STOP_SIGNALS:  # may reach the whole group; the main process decides
         signal.signal(number, signal.SIG_IGN)
-    observations, rewards, terminations, truncations, final_observations = (
-        _shared_array(buffer, *shape_and_type) for buffer, shape_and_type in zip(buffers, layout, strict=True)
-    )
+    observations, rewards, terminations, truncations, final_observations = _shared_arrays(buffers, layout)
     try:
         envs = {index: env_fn() for index, env_fn in env_fns.items()}
         while True:
@@ -80,7 +81,7 @@ def _work(connection, env_fns: dict[int, Callable[[], gym.Env]], buffers: list, 
             if command == "close":
                 break
             if command == "get_states":
-                connection.send([(index, get_state(env)) for index, env in envs.items()])
+                connection.send([get_state(env) for env in envs.values()])
                 continue
             for index, env in envs.items():
                 if command == "set_states":
@@ -166,7 +167,7 @@ class ParallelEnvs:
             context.RawArray(ctypes.c_uint8, int(np.prod(shape)) * np.dtype(type_).itemsize)
             for shape, type_ in layout
         ]
-        self._arrays = [_shared_array(buffer, *entry) for buffer, entry in zip(buffers, layout, strict=True)]
+        self._arrays = _shared_arrays(buffers, layout)
         num_workers = min(self.num_envs, num_workers or available_cores())
         self._connections, self._processes = [], []
         try:
@@ -197,9 +198,8 @@ class ParallelEnvs:
     def get_states(self) -> list[dict[str, Any]]:
         """The whole state of every environment, as plain data, between two steps."""
         self._send("get_states", [None] * self.num_envs)
-        states = dict(sorted(self._receive(), key=lambda index_and_state: index_and_state[0]))
-        observations = self._arrays[0].copy()
-        return [{"env": states[index], "observation": observations[index]} for index in range(self.num_envs)]
+        states_and_observations = zip(self._receive(), self._arrays[0].copy(), strict=True)
+        return [{"env": state, "observation": observation} for state, observation in states_and_observations]
 
     def set_states(self, states: list[dict[str, Any]]) -> None:
         """Brings every environment into a state that `get_states` gave."""
@@ -217,7 +217,7 @@ class ParallelEnvs:
         Raises:
             WorkerError: a worker died, hangs, or its environment raised an error.
         """
-        finished_games = sorted(self._receive())
+        finished_games = self._receive()
         result = StepResult(*(array.copy() for array in self._arrays), finished_games)
         self.observations = result.observations
         return result
@@ -231,7 +231,7 @@ class ParallelEnvs:
                 raise self._died(process) from None
 
     def _receive(self) -> list:
-        """What the workers answered, one list after the other."""
+        """What the workers answered, in the order of the environments."""
         answers = [
             self._receive_from(connection, process)
             for connection, process in zip(self._connections, self._processes, strict=True)

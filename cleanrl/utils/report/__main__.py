@@ -17,6 +17,7 @@ import tyro
 
 from cleanrl.utils.bounds import NonNegativeInt, PositiveInt, printable, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
+from cleanrl.utils.report.pages import count
 from cleanrl.utils.report.runs import find_runs
 from cleanrl.utils.shell import prepare_command
 
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
             new.rename(output)
     except OSError as error:
         refuse("output", args.output, f"cannot be written ({error.strerror or error})")
-    runs = f"{len(found.runs)} run" + ("s" if len(found.runs) > 1 else "")
+    runs = count(len(found.runs), "run")
     print(f"report: {shown(args.output / 'report.html')}, of {runs}; {len(found.left_out)} left out")
 
 

@@ -9,7 +9,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from cleanrl.utils.report.pages import NONE
 from cleanrl.utils.report.pictures import COLORS, DPI, GREY, STYLE
+from cleanrl.utils.report.statistics import to_text
 
 
 def last_value(trial: FrozenTrial) -> float | None:
@@ -29,8 +31,8 @@ def table(study: optuna.Study) -> list[str]:
     rows = [["trial", "state", "return", *searched]]
     for trial in trials:
         value = last_value(trial)
-        shown = "–" if value is None else f"{value:.2f}".replace("-", "−")
-        values = (trial.params.get(name, "–") for name in searched)
+        shown = NONE if value is None else to_text(value)
+        values = (trial.params.get(name, NONE) for name in searched)
         params = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
         rows.append([str(trial.number), trial.state.name.lower(), shown, *params])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

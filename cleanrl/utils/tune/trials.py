@@ -18,10 +18,9 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from cleanrl.utils.benchmark.plan import Plan
-from cleanrl.utils.benchmark.processes import LocalRunner, run_environment
+from cleanrl.utils.benchmark.processes import LocalRunner
 from cleanrl.utils.benchmark.records import Job, Record
 from cleanrl.utils.bounds import printable, shown
-from cleanrl.utils.games.parallel_envs import available_cores
 from cleanrl.utils.report.events import UnusableError, read_curves
 from cleanrl.utils.run.charts import EVALUATION_RETURN, OFFLINE_RETURN
 from cleanrl.utils.run.folders import event_files
@@ -189,8 +188,7 @@ def run_trials(search: Search, num_trials: int, workers: int, grace_s: float) ->
     Returns:
         The exit status.
     """
-    cores = max(1, available_cores() // workers) if workers > 1 else None
-    runner = LocalRunner([], workers, run_environment(cores), grace_s)
+    runner = LocalRunner([], workers, grace_s)
     active: list[Attempt] = []
     failure = ""
 
