@@ -1,5 +1,6 @@
 """A game whose state is restored continues exactly as it would have."""
 
+from collections import Counter, deque
 from functools import partial
 
 import gymnasium as gym
@@ -80,6 +81,32 @@ def test_a_state_can_be_restored_in_the_middle_of_another_game():
     play(other, actions[-STEPS:])
     set_state(other, state)
     assert play(other, actions[:STEPS]) == expected
+
+
+class Counting(gym.Wrapper):
+    """Changes rewards by the counts of actions and by random numbers of its own."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.rng, self.counts, self.newest = np.random.default_rng(0), Counter(), deque(maxlen=2)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.counts[int(action)] += 1
+        self.newest.append(self.counts[int(action)])
+        reward += self.rng.random() + self.counts["never"] + sum(self.newest)
+        return observation, reward, terminated, truncated, info
+
+
+def test_the_state_of_a_wrapper_of_ones_own_is_saved():
+    env, other = (Counting(make_env(PONG)) for _ in range(2))
+    for one in (env, other):
+        one.reset(seed=1)
+    play(env, [2, 3, 2])
+    state = unpack(pack(get_state(env)))
+    expected = play(env, [2, 3, 4])
+    set_state(other, state)
+    assert play(other, [2, 3, 4]) == expected
 
 
 def steps_of(envs: ParallelEnvs, actions: np.ndarray) -> list[tuple]:

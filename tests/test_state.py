@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +150,10 @@ def test_a_new_field_needs_nothing_else(value):
         np.array([None]),
         torch.zeros(2),  # would come back as an array of NumPy
         jnp.zeros(2),
+        Counter("a"),  # would come back as a dict, as a NamedTuple as a tuple
+        optax.ScaleByAdamState(0, 1, 2),
+        pytest.param({"weight": torch.zeros(2)}, id="tensors"),
+        Learner({"kernel": 0.5}, ()),  # a number, not an array
         pytest.param(new_state, id="a dataclass that JAX does not know"),
     ],
     ids=lambda value: type(value).__name__,
@@ -193,12 +197,67 @@ def test_numbers_of_a_new_field_may_be_negative(name, kind, value):
 )
 def test_what_would_not_be_restored_is_an_error_at_the_start(name, kind, value):
     longer = dataclasses.make_dataclass("Longer", [(name, kind)])
-    with pytest.raises(
-        TypeError, match=rf"^Longer\.{name} cannot be saved in a checkpoint: a value must be of "
-    ):
-        check_fields(longer(value))
+    for refuse in (check_fields, capture):  # at a run's start, and before a checkpoint would be useless
+        with pytest.raises(
+            TypeError, match=rf"^Longer\.{name} cannot be saved in a checkpoint: a value must be of "
+        ):
+            refuse(longer(value))
     with pytest.raises(DamagedError, match=f"its {name} cannot be that of a run"):
-        restore(longer(None), saved(longer(value)))
+        restore(longer(None), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [(int, np.int64(3), 3), (float, np.float32(0.5), 0.5), (bool, np.bool_(True), True)],
+)
+def test_a_number_of_numpy_comes_back_as_one_of_python(kind, value, expected):
+    longer = dataclasses.make_dataclass("Longer", [("number", kind)])
+    resumed = longer(kind(0))
+    restore(resumed, saved(longer(value)))
+    assert (type(resumed.number), resumed.number) == (kind, expected)
+
+
+def test_the_random_numbers_of_torch_continue():
+    """Those of dropout, for example."""
+    torch.manual_seed(1)
+    torch.rand(3)
+    content = saved(new_state())
+    expected = torch.rand(5)
+    resumed = new_state(2)
+    restore(resumed, content)
+    assert (torch.rand(5) == expected).all()
+    content = saved(resumed)
+    content["torch's random numbers"] = np.zeros(3)
+    with pytest.raises(DamagedError, match=r"^torch's random numbers are not what they should be$"):
+        restore(resumed, content)
+
+
+SCHEDULERS = {
+    "exponential": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8),
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_scheduled_learning_rate_continues(make):
+    def start(seed: int) -> Any:
+        network = new_network(seed)
+        groups = [{"params": network[0].parameters(), "lr": 0.01}, {"params": network[2].parameters()}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        scheduled = dataclasses.make_dataclass("Scheduled", ["network", "optimizer", "scheduler"])
+        return scheduled(network, optimizer, make(optimizer))
+
+    def go_on(state: Any) -> None:
+        for _ in range(4):
+            train(state.network, state.optimizer, np.random.default_rng(0), steps=1)
+            state.scheduler.step()
+
+    state, resumed = start(1), start(2)
+    go_on(state)
+    restore(resumed, saved(state))
+    for one in (state, resumed):
+        go_on(one)
+    assert bits(resumed.network) == bits(state.network)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -221,9 +280,9 @@ def test_adams_moments_have_their_parameters_strides(memory_format):
     assert bits(other) == bits(network)
 
 
-def test_the_optimizers_settings_are_the_runs_not_the_files():
+def test_the_optimizers_settings_of_the_device_are_the_runs_not_the_files():
     state, resumed = new_state(), new_state()
-    settings = {"lr": 0.5, "eps": 1e-3, "fused": True, "foreach": False, "capturable": False}
+    settings = {"fused": True, "foreach": False, "capturable": False}
     resumed.optimizer = torch.optim.Adam(resumed.network.parameters(), **settings)
     train(state.network, state.optimizer, state.rng, steps=2)
     restore(resumed, saved(state))
@@ -260,11 +319,17 @@ def wide_adam() -> torch.optim.Optimizer:
     return optimizer
 
 
+def two_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+
+
 OTHERS = {
     "network: wider": lambda: new_network(width=4),
     "network: other layers": lambda: nn.Linear(1, 1),
     "optimizer: of wider layers": wide_adam,
     "optimizer: a number": lambda: 3,
+    "optimizer: of two groups": lambda: torch.optim.Adam([{"params": [p]} for p in two_parameters()]),
+    "optimizer: without numbers": lambda: torch.optim.Adam(new_network().parameters(), maximize=None),
     "learner: wider": lambda: new_learner(width=4),
     "learner: fewer arrays": lambda: Learner({"kernel": jnp.zeros(2)}, ()),
     "rng: a text": lambda: "PCG64",

@@ -16,17 +16,27 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | np.ndarray | np.generic)
 
 
-def get_state(env: gym.Env) -> dict[str, Any]:
-    """The emulator's state, the random generator's, and every wrapper's attributes that are plain data.
+def _capture(value: Any) -> Any:
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return list(value) if isinstance(value, deque) else value
 
-    Plain data are numbers, strings, None, arrays, and lists, tuples, deques and dicts of these. Whatever else
-    a wrapper changes in its life is not part of the state.
+
+def get_state(env: gym.Env) -> dict[str, Any]:
+    """The emulator's state, the random generator's, and every wrapper's attributes that can be saved.
+
+    These are plain data (numbers, strings, None, arrays, and lists, tuples, deques and dicts of these) and
+    NumPy random generators. Whatever else a wrapper changes in its life is not part of the state.
     """
     wrappers = []
     while isinstance(env, gym.Wrapper):
-        attributes = {name: value for name, value in vars(env).items() if _is_plain(value)}
+        attributes = vars(env).items()
         wrappers.append(
-            {name: list(value) if isinstance(value, deque) else value for name, value in attributes.items()}
+            {
+                name: _capture(value)
+                for name, value in attributes
+                if _is_plain(value) or isinstance(value, np.random.Generator)
+            }
         )
         env = env.env
     return {
@@ -41,7 +51,13 @@ def set_state(env: gym.Env, state: dict[str, Any]) -> None:
     for attributes in state["wrappers"]:
         for name, value in attributes.items():
             current = getattr(env, name, None)
-            setattr(env, name, deque(value, current.maxlen) if isinstance(current, deque) else value)
+            if isinstance(current, np.random.Generator):
+                current.bit_generator.state = value
+            elif isinstance(current, dict):  # also a Counter or defaultdict
+                current.clear()
+                current.update(value)
+            else:
+                setattr(env, name, deque(value, current.maxlen) if isinstance(current, deque) else value)
         env = env.env
     env.ale.restoreState(ale_py.ALEState(state["emulator"]))
     env.np_random.bit_generator.state = state["generator"]

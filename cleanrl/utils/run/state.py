@@ -19,21 +19,21 @@ import numpy as np
 
 from cleanrl.utils.bounds import MOST, has_kind
 from cleanrl.utils.replay.ring import ReplayBuffer
-from cleanrl.utils.storage import DamagedError, pack
+from cleanrl.utils.storage import DamagedError, pack, unpack
+
+TORCH_NUMBERS = "torch's random numbers"  # are saved beside the fields
+OF_DEVICE = ("params", "fused", "capturable", "foreach")  # settings of an optimizer
 
 
 def check_fields(state: Any) -> None:
     """Raises TypeError with the name of the first field that cannot be saved, or would not be restored."""
-    kinds = {field.name: field.type for field in dataclasses.fields(state)}
+    saved = capture(state)
     for name, value in vars(state).items():
         try:
-            content = _capture(value)
-            pack(content)
-            if not _can_be(content, name, kinds[name]):
-                raise TypeError("a value must be of the field's type, finite, and not negative if it counts")
-        except TypeError as error:
-            kind = type(state).__name__
-            raise TypeError(f"{kind}.{name} cannot be saved in a checkpoint: {error}") from None
+            if not _is_alike(_restore(value, unpack(pack(saved[name]))), value):
+                raise TypeError("it would come back as another type")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _refusal(state, name, error) from None
 
 
 def replays_of(state: Any) -> dict[str, ReplayBuffer]:
@@ -43,8 +43,23 @@ def replays_of(state: Any) -> dict[str, ReplayBuffer]:
 
 
 def capture(state: Any) -> dict[str, Any]:
-    """All of a state but its replay buffers' content, as `storage.pack` takes it."""
-    return {name: _capture(value) for name, value in vars(state).items()}
+    """All of a state but its replay buffers' content, as `storage.pack` takes it.
+
+    Raises:
+        TypeError: with the name of a field whose value `restore` would not take.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(state)}
+    saved: dict[str, Any] = {}
+    for name, value in vars(state).items():
+        try:
+            saved[name] = _capture(value)
+            if not _can_be(saved[name], name, kinds[name]):
+                raise TypeError("a value must be of the field's type, finite, and not negative if it counts")
+        except TypeError as error:
+            raise _refusal(state, name, error) from None
+    if torch := sys.modules.get("torch"):
+        saved[TORCH_NUMBERS] = torch.get_rng_state().numpy()
+    return saved
 
 
 def restore(state: Any, saved: dict[str, Any]) -> None:
@@ -57,6 +72,8 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     other = "it is of another version of the script, whose state differs in"
     if not isinstance(saved, dict):
         raise DamagedError("its state is not what it should be")
+    saved = dict(saved)
+    torch_numbers = saved.pop(TORCH_NUMBERS, None)
     if differing := saved.keys() ^ vars(state).keys():
         raise DamagedError(f"{other} {', '.join(sorted(differing))}")
     kinds = {field.name: field.type for field in dataclasses.fields(state)}
@@ -70,6 +87,12 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
             raise DamagedError(f"{other} {name}") from None
         if not is_sound:
             raise DamagedError(f"its {name} cannot be that of a run")
+    torch = sys.modules.get("torch")
+    if torch and torch_numbers is not None:
+        try:
+            torch.set_rng_state(torch.tensor(torch_numbers))
+        except (RuntimeError, TypeError, ValueError):
+            raise DamagedError(f"{TORCH_NUMBERS} are not what they should be") from None
 
 
 def is_finite(content: Any) -> bool:
@@ -110,6 +133,23 @@ def _is_of_numbers(kind: Any) -> bool:
     return kind in (int, float, bool, str, NoneType)
 
 
+def _is_alike(restored: Any, value: Any) -> bool:
+    """Whether two values, and what is in them, are of the same types; a NumPy number may be Python's."""
+    if isinstance(value, np.generic):
+        return True
+    if type(restored) is not type(value):
+        return False
+    if isinstance(value, dict):
+        return all(_is_alike(restored[key], item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_alike, restored, value))
+    return True
+
+
+def _refusal(state: Any, name: str, reason: Exception) -> TypeError:
+    return TypeError(f"{type(state).__name__}.{name} cannot be saved in a checkpoint: {reason}")
+
+
 def fingerprint(network: Any) -> str:
     """SHA-256 of a network's parameters, however and wherever they were stored."""
     return hashlib.sha256(pack(_capture(network))).hexdigest()
@@ -126,7 +166,9 @@ def _capture(value: Any) -> Any:
         import jax
 
         return jax.tree.leaves(value)
-    if hasattr(value, "__array__") and not isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "__array__") and not isinstance(value, np.ndarray):
         raise TypeError("only within a module or dataclass does it come back as an array of its framework")
     return value
 
@@ -160,11 +202,17 @@ def _restore(value: Any, content: Any) -> Any:
 
 
 def _restore_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
-    """The settings stay the run's own: the file's may be of another device. So does the moments' layout."""
+    """What belongs to a device stays the run's own: the file's may be another. So do the moments' layouts."""
     import torch
 
-    own_settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": _to_tensors(content["state"]), "param_groups": own_settings})
+    groups = []
+    for own, saved in zip(optimizer.state_dict()["param_groups"], content["param_groups"], strict=True):
+        settings = {name: saved[name] for name in own.keys() - {*OF_DEVICE}}
+        settings["lr"] = float(settings["lr"])  # of a GPU, an array
+        if not all(_is_alike(value, own[name]) for name, value in settings.items()):
+            raise ValueError
+        groups.append(own | settings)
+    optimizer.load_state_dict({"state": _to_tensors(content["state"]), "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
