@@ -215,13 +215,75 @@ def test_an_environment_that_cannot_be_made_in_a_worker_is_reported_with_its_mes
 def test_a_hanging_worker_is_reported_after_the_timeout(monkeypatch):
     with ParallelEnvs([TinyEnv] * 2, num_workers=2) as envs:
         envs.reset(seed=0)
-        monkeypatch.setattr(parallel_envs, "WORKER_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(parallel_envs, "WORKER_TIMEOUT_S", 1)
         envs.step_async(np.array([CONTINUE, HANG]))
         start = time.monotonic()
         with pytest.raises(WorkerError, match="hangs: no answer for 1 s"):
             envs.step_wait()
         assert time.monotonic() - start < 60
     assert not own_workers()  # close ended it nevertheless
+
+
+SUSPENDED = """
+import time
+import numpy as np
+from cleanrl.utils.games import parallel_envs
+from test_parallel_envs import CONTINUE, TinyEnv
+if __name__ == "__main__":
+    parallel_envs.WORKER_TIMEOUT_S = 6
+    with parallel_envs.ParallelEnvs([TinyEnv] * 2, num_workers=2) as envs:
+        envs.reset(seed=0)
+        print("plays", flush=True)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            envs.step_async(np.full(2, CONTINUE))
+            envs.step_wait()
+"""
+
+
+@pytest.mark.slow  # it is suspended for longer than a worker may take to answer
+def test_a_suspended_run_continues(tmp_path):
+    (tmp_path / "program.py").write_text(SUSPENDED)
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "program.py"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, process_group=0, text=True
+    )
+    assert process.stdout.readline() == "plays\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(7)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.wait(timeout=60) == 0
+
+
+LONG_TMPDIR = """
+from cleanrl.utils.games.parallel_envs import ParallelEnvs, WorkerError
+from test_parallel_envs import TinyEnv
+if __name__ == "__main__":
+    try:
+        ParallelEnvs([TinyEnv])
+    except WorkerError as error:
+        print(error)
+"""
+
+
+def test_workers_that_cannot_be_started_are_reported_with_what_to_change(tmp_path):
+    (tmp_path / "program.py").write_text(LONG_TMPDIR)
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(
+        "environment workers cannot be started (AF_UNIX path too long); free or change"
+    )
+    assert str(folder) in done.stdout
 
 
 def test_close_ends_all_workers_even_in_the_middle_of_a_step():

@@ -6,6 +6,8 @@ import os
 import pickle
 from collections import deque
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,19 @@ def test_a_tree_in_a_file_comes_back_the_same(tmp_path):
 def test_a_file_is_compressed(tmp_path):
     write_tree(tmp_path / "tree.zst", np.zeros(10**6))
     assert (tmp_path / "tree.zst").stat().st_size < 10_000
+
+
+def test_without_more_threads_a_tree_is_written_by_one(tmp_path, monkeypatch):
+    compressor = zstandard.ZstdCompressor
+
+    def without_threads(threads: int = 0, **settings: int) -> Any:
+        if threads:
+            return mock.Mock(compress=mock.Mock(side_effect=zstandard.ZstdError("Allocation error")))
+        return compressor(**settings)
+
+    monkeypatch.setattr(zstandard, "ZstdCompressor", without_threads)
+    entry = write_tree(tmp_path / "tree.zst", {"number": 3})
+    assert read_tree(tmp_path, entry) == {"number": 3}
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])

@@ -13,8 +13,8 @@ def first_use_of_gpu() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform of JAX_PLATFORMS is there
+        reason = str(error).partition("\n")[0] or "JAX_PLATFORMS names none that is there"
         raise SystemExit(
             f"error: the GPU cannot be used ({reason}); use --no-cuda or free its memory"
         ) from None

@@ -96,10 +96,12 @@ def write_tree(path: Path, tree: Any) -> FileEntry:
     Raises:
         OSError: it cannot be written, or is larger than `read_tree` takes.
     """
-    compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, threads=-1)
     data = pack(tree)
     _check_size(data, MOST_BYTES)
-    data = compressor.compress(data)
+    try:
+        data = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, threads=-1).compress(data)
+    except zstandard.ZstdError:  # no more threads are allowed
+        data = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(data)
     write_durably(path, data)
     return FileEntry(path.name, hashlib.sha256(data).hexdigest())
 

@@ -23,7 +23,7 @@ from cleanrl.utils.games.env_state import get_state, set_state
 from cleanrl.utils.signals import STOP_SIGNALS
 
 IDLE = -1  # the action that leaves an environment untouched
-WORKER_TIMEOUT_S = 120.0
+WORKER_TIMEOUT_S = 120
 # Workers import the script that holds the wrappers, and these with it: once, in the process they fork from.
 HEAVY_MODULES = [
     *("torch", "jax", "flax", "optax", "stable_baselines3", "gymnasium", "ale_py", "cv2", "tyro"),
@@ -158,6 +158,19 @@ class ParallelEnvs:
         ends = [(per_env, np.bool_), (per_env, np.bool_)]
         layout = [(stacked, dtype), (per_env, np.float32), *ends, (stacked, dtype)]
 
+        self._connections, self._processes = [], []
+        try:
+            self._start_workers(env_fns, layout, min(self.num_envs, num_workers or available_cores()))
+        except BaseException as error:
+            self.close()  # the workers are deaf to the SIGTERM that would end them when Python exits
+            if not isinstance(error, OSError | EOFError):
+                raise
+            raise WorkerError(
+                f"environment workers cannot be started ({error}); free or change the folder for temporary"
+                f" files (TMPDIR), {os.environ.get('TMPDIR', '/tmp')}, or allow more processes (ulimit -u)"
+            ) from None
+
+    def _start_workers(self, env_fns: Sequence[Callable[[], gym.Env]], layout: list, number: int) -> None:
         # Not "fork": a copy of a process with threads (torch, JAX, CUDA) can deadlock.
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -168,22 +181,16 @@ class ParallelEnvs:
             for shape, type_ in layout
         ]
         self._arrays = _shared_arrays(buffers, layout)
-        num_workers = min(self.num_envs, num_workers or available_cores())
-        self._connections, self._processes = [], []
-        try:
-            for indices in np.array_split(np.arange(self.num_envs), num_workers):
-                connection, worker_connection = context.Pipe()
-                own_env_fns = {int(index): env_fns[index] for index in indices}
-                process = context.Process(
-                    target=_work, args=(worker_connection, own_env_fns, buffers, layout), daemon=True
-                )
-                process.start()
-                worker_connection.close()  # or the end of the worker would go unnoticed
-                self._connections.append(connection)
-                self._processes.append(process)
-        except BaseException:
-            self.close()  # the workers are deaf to the SIGTERM that would end them when Python exits
-            raise
+        for indices in np.array_split(np.arange(self.num_envs), number):
+            connection, worker_connection = context.Pipe()
+            own_env_fns = {int(index): env_fns[index] for index in indices}
+            process = context.Process(
+                target=_work, args=(worker_connection, own_env_fns, buffers, layout), daemon=True
+            )
+            process.start()
+            worker_connection.close()  # or the end of the worker would go unnoticed
+            self._connections.append(connection)
+            self._processes.append(process)
 
     def reset(self, seed: int | Sequence[int]) -> np.ndarray:
         """Starts the first game of every environment, each with a seed of its own that `seed` determines.
@@ -240,9 +247,10 @@ class ParallelEnvs:
 
     def _receive_from(self, connection, process) -> list:
         try:
-            if not connection.poll(WORKER_TIMEOUT_S):
+            # A second at a time: of a suspended run, clocks go on, and the workers have to wake up, too.
+            if not any(connection.poll(1.0) for _ in range(WORKER_TIMEOUT_S)):
                 raise WorkerError(
-                    f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S:.0f} s (use"
+                    f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S} s (use"
                     " fewer --num-envs)"
                 )
             answer = connection.recv()

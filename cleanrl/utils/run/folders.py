@@ -28,7 +28,10 @@ def lock_run(run_folder: Path) -> filelock.FileLock:
         lock = filelock.FileLock(run_folder / "checkpoints" / "lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise SystemExit(f"error: another process is running {run_folder}; wait until it has ended") from None
+        raise SystemExit(
+            f"error: another process is running {run_folder}; wait until it has ended or, if it was killed on"
+            f" another machine, delete {lock.lock_file}"
+        ) from None
     except OSError as error:
         raise SystemExit(
             f"error: {run_folder} cannot be written to ({error.strerror}); start in another folder"
