@@ -21,7 +21,7 @@ if not __package__:  # started as a file: makes `cleanrl` importable, installed 
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
-from cleanrl.utils.run.options import Size, TeacherOptions
+from cleanrl.utils.run.options import DenseWidth, TeacherOptions
 from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
@@ -32,7 +32,7 @@ class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
     # student
-    dense_width: Size = 256
+    dense_width: DenseWidth = 256
     """units in the student's dense layer (the paper: 512)"""
     total_timesteps: PositiveInt = 10_000_000
     """environment steps (4 frames each) of the online phase"""
@@ -127,7 +127,7 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
-from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
+from cleanrl.utils.games.atari import check_teacher_return, random_return
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_jax import choose_device
@@ -288,25 +288,25 @@ def max_pool(x: Array, as_torch: bool = False) -> Array:
         padding[axis] = (1 if as_torch else x.shape[axis] % 2, 1)
         length = (x.shape[axis] + 1) // 2
         wider = jnp.pad(x, padding, constant_values=-jnp.inf)
-        first, second, third = (
-            lax.slice_in_dim(wider, start, start + 2 * length - 1, stride=2, axis=axis) for start in range(3)
-        )
+        first, second, third = (lax.slice_in_dim(wider, i, i + 2 * length - 1, 2, axis) for i in range(3))
         # Of equal numbers the first gets the whole gradient; jnp.maximum would split it.
         x = jnp.where(first >= second, first, second)
         x = jnp.where(x >= third, x, third)
     return x
 
 
-# Uniform within ±1 / √fan-in, as PyTorch's: from Flax's own, √3 times as wide, distillation is slower.
-narrow = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+def first_weights(fan_in: int) -> dict[str, partial]:
+    """Uniform within ±1/√fan-in, as PyTorch's: from Flax's own, a student learns slowly or its ReLUs die."""
+    initializer = partial(jax.random.uniform, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+    return {"kernel_init": initializer, "bias_init": initializer}
 
 
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
-        y = nn.Conv(channels, (3, 3), kernel_init=narrow)(nn.relu(x))
-        y = nn.Conv(channels, (3, 3), kernel_init=narrow)(nn.relu(y))
+        y = nn.Conv(channels, (3, 3), **first_weights(9 * channels))(nn.relu(x))
+        y = nn.Conv(channels, (3, 3), **first_weights(9 * channels))(nn.relu(y))
         return x + y
 
 
@@ -316,7 +316,7 @@ class ConvSequence(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = max_pool(nn.Conv(self.channels, (3, 3), kernel_init=narrow)(x), self.pools_as_torch)
+        x = max_pool(nn.Conv(self.channels, (3, 3), **first_weights(9 * x.shape[-1]))(x), self.pools_as_torch)
         x = ResidualBlock()(x)
         return ResidualBlock()(x)
 
@@ -334,8 +334,8 @@ class StudentNetwork(nn.Module):
         for channels in (16, 32, 32):
             x = ConvSequence(channels, self.pools_as_torch)(x)
         x = nn.relu(x.reshape(len(x), -1))
-        x = nn.relu(nn.Dense(self.dense_width, kernel_init=narrow)(x))
-        return nn.Dense(self.num_actions, kernel_init=narrow)(x)
+        x = nn.relu(nn.Dense(self.dense_width, **first_weights(x.shape[-1]))(x))
+        return nn.Dense(self.num_actions, **first_weights(self.dense_width))(x)
 
 
 @struct.dataclass
@@ -724,7 +724,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 
 def main(args: Args) -> None:
-    num_actions = count_actions(args.env_id)
+    num_actions = int(make_env(args.env_id).action_space.n)
     device = choose_device(args)
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)

@@ -219,18 +219,21 @@ def test_without_the_same_padding_the_students_differ():
     assert np.abs(q_values - expected).max() > 1000 * Q_TOLERANCE * np.abs(expected).max()
 
 
-def test_students_start_with_weights_of_the_same_widths():
-    """Uniform within ±1 / √fan-in, with biases of 0 in JAX."""
+def test_students_start_with_weights_and_biases_of_the_same_widths():
+    """Uniform within ±1 / √fan-in."""
     in_torch = make_weights("StudentNetwork")
     in_jax = to_torch(flatten(JAX.StudentNetwork(NUM_ACTIONS).init(jax.random.key(1), noise(1))))
     assert in_torch.keys() == in_jax.keys()
     for first_weights in in_torch, in_jax:
+        biases = []
         for name, weight in first_weights.items():
             if name.endswith("weight"):
                 in_widths = weight * np.sqrt(weight[0].size)
                 assert np.abs(in_widths).max() <= 1.000001, name
                 assert in_widths.std() == pytest.approx(3**-0.5, rel=0.05), name
-    assert not any(in_jax[name].any() for name in in_jax if name.endswith("bias"))
+                biases.append(first_weights[name.replace("weight", "bias")] * np.sqrt(weight[0].size))
+                assert np.abs(biases[-1]).max() <= 1.000001, name
+        assert np.concatenate(biases).std() == pytest.approx(3**-0.5, rel=0.05)
 
 
 # Few levels of grey, so that windows are full of ties, and below 0, so that a padding of 0 would win.
