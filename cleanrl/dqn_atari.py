@@ -77,7 +77,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES
-from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device
@@ -277,7 +276,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     torch.manual_seed(args.seed)
     # Convolutions are a third faster in this memory format.
     q_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
-    target_network = copy.deepcopy(q_network).requires_grad_(False)
+    target_network = copy.deepcopy(q_network).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, **adam_options(device))
     replay = plan_replay(args, num_actions, TorchFrames, device)
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
@@ -408,7 +407,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 
 def main(args: Args) -> None:
-    num_actions = count_actions(args.env_id)
+    num_actions = int(make_env(args.env_id).action_space.n)
     device = choose_device(args)
     if args.save_replay:
         check_new_folder(args.save_replay, args.resume)

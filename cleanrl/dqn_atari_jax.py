@@ -76,7 +76,6 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES
-from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_jax import choose_device
@@ -435,7 +434,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 
 def main(args: Args) -> None:
-    num_actions = count_actions(args.env_id)
+    num_actions = int(make_env(args.env_id).action_space.n)
     device = choose_device(args)
     if args.save_replay:
         check_new_folder(args.save_replay, args.resume)

@@ -137,7 +137,7 @@ def load_player(args: Args, path: Path | None, env_id: str) -> Player:
         script.jax.config.update("jax_platforms", "cpu")
         device = script.jax.devices("cpu")[0]
     make_env = partial(script.make_env, env_id, args.repeat_action_probability)
-    num_actions = count_actions(env_id)
+    num_actions = int(make_env().action_space.n)
     if path is None:
         return Player(lambda observations: np.zeros((len(observations), num_actions)), 1.0, make_env)
     settings = script.Args(teacher_model_path=path, teacher_acts=args.acts, temperature=args.temperature)

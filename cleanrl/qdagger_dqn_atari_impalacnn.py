@@ -22,7 +22,7 @@ if not __package__:  # started as a file: makes `cleanrl` importable, installed 
 
 from cleanrl.utils.bounds import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cleanrl.utils.command_line import read_arguments
-from cleanrl.utils.run.options import Size, TeacherOptions
+from cleanrl.utils.run.options import DenseWidth, TeacherOptions
 from cleanrl.utils.shell import prepare_command
 
 # ----------------------------------------------------------------------------------------------- options
@@ -33,7 +33,7 @@ class Args(TeacherOptions):
     exp_name: Name = Path(__file__).stem
 
     # student
-    dense_width: Size = 256
+    dense_width: DenseWidth = 256
     """units in the student's dense layer (the paper: 512)"""
     total_timesteps: PositiveInt = 10_000_000
     """environment steps (4 frames each) of the online phase"""
@@ -129,7 +129,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
-from cleanrl.utils.games.atari import check_teacher_return, count_actions, random_return
+from cleanrl.utils.games.atari import check_teacher_return, random_return
 from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_torch import OneLaunch, adam_options, choose_device, set_learning_rate
@@ -368,7 +368,7 @@ def load_teacher(args: Args, num_actions: int, device: torch.device) -> Teacher:
         network = StudentNetwork(num_actions, agent.dense_width, pools_as_flax=agent.is_flax)
     network.load_state_dict(agent.fit(network.state_dict(), torch.from_numpy))
     teacher = Teacher(network, agent.atoms, *agent.temperatures(args.temperature, args.teacher_acts))
-    return teacher.to(device).requires_grad_(False)
+    return teacher.to(device).requires_grad_(False).eval()
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -461,7 +461,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     torch.manual_seed(args.seed)
     # Convolutions are a third faster in this memory format.
     student = StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
-    player, target_network = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
+    player, target_network = (copy.deepcopy(student).requires_grad_(False).eval() for _ in range(2))
     settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, **adam_options(device)}
     optimizer = torch.optim.Adam(student.parameters(), **settings)
     replays = plan_replays(args, num_actions, TorchFrames, device)
@@ -683,7 +683,7 @@ def learn_online(args: Args, state: TrainState, run: TrainingRun) -> None:
 
 
 def main(args: Args) -> None:
-    num_actions = count_actions(args.env_id)
+    num_actions = int(make_env(args.env_id).action_space.n)
     device = choose_device(args)
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)

@@ -232,6 +232,25 @@ def test_options_are_described_by_the_comments_and_docstrings_of_the_source():
 
 
 @dataclass
+class UndescribedArgs(RunOptions):
+    exp_name: bounds.Name = "test"
+
+    # game
+    lives: bounds.PositiveInt = 3
+    """of which
+    this says more"""
+    speed: bounds.PositiveInt = 2
+
+
+def test_an_option_needs_no_description(monkeypatch):
+    described = describe_options(UndescribedArgs)
+    assert described["lives"] == described["speed"] == ("game", "")
+    assert described["exp_name"].help == describe_options(Args)["exp_name"].help != ""
+    monkeypatch.setattr(sys, "argv", ["script.py", "--speed", "5"])
+    assert parse_arguments(UndescribedArgs).speed == 5
+
+
+@dataclass
 class SpacedArgs(RunOptions):
     exp_name: bounds.Name = "test"
 

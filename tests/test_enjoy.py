@@ -100,11 +100,16 @@ def test_a_teacher_is_played_by_what_is_installed(tmp_path, monkeypatch, layout,
 def test_an_agent_of_a_copied_scripts_own_network_is_played_by_the_copy(tmp_path, monkeypatch, framework):
     original = {"torch": torch_script, "jax": jax_script}[framework]
     source = Path(original.__file__).read_text()
-    narrower = source.replace("16, pools_as_flax", "8, pools_as_flax").replace(
-        "ConvSequence(16,", "ConvSequence(8,"
-    )
-    narrower = narrower.replace("in (16, 32, 32)", "in (8, 32, 32)")
-    assert narrower != source
+    changes = {
+        "ConvSequence(32, 32,": "ConvSequence(32, 16,",
+        "3872, dense_width": "11 * 11 * 16, dense_width",
+    }
+    if framework == "jax":
+        changes = {"in (16, 32, 32)": "in (16, 32, 16)"}
+    narrower = source
+    for before, after in changes.items():
+        assert before in source
+        narrower = narrower.replace(before, after)
     (tmp_path / "my_qdagger.py").write_text(narrower)
     monkeypatch.setattr(enjoy, "__file__", str(tmp_path / "enjoy.py"))
     monkeypatch.setattr(cleanrl, "__path__", [*cleanrl.__path__, str(tmp_path)])
@@ -112,11 +117,11 @@ def test_an_agent_of_a_copied_scripts_own_network_is_played_by_the_copy(tmp_path
     try:
         path = tmp_path / "agent"
         if framework == "torch":
-            network = script.StudentNetwork(6)
+            network = script.StudentNetwork(6, dense_width=512)
             torch.save(network.state_dict(), path)
             expected = network(torch.tensor(OBSERVATIONS)).detach().numpy()
         else:
-            network = script.StudentNetwork(6)
+            network = script.StudentNetwork(6, dense_width=512)
             params = network.init(jax.random.key(0), OBSERVATIONS)
             path.write_bytes(flax.serialization.to_bytes(params))
             expected = network.apply(params, OBSERVATIONS)

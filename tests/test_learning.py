@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 from both_scripts import (
     DQN_JAX,
     DQN_TORCH,
     JAX,
     NUM_ACTIONS,
+    PONG_TEACHER,
     TORCH,
     Weights,
     create_state,
@@ -30,6 +32,7 @@ from both_scripts import (
 from rehearsal import NoGame, RandomGame, rehearse
 
 from cleanrl.utils.games.parallel_envs import StepResult
+from cleanrl.utils.gpu_torch import set_learning_rate
 from cleanrl.utils.replay.ring import Batch
 from cleanrl.utils.weights.layouts import flatten
 
@@ -182,6 +185,22 @@ def test_the_target_network_moves_by_tau(script, monkeypatch):
         assert all((array == 3.0).all() for array in weights(network(state)).values())
 
 
+def test_only_the_learning_network_drops_units():
+    """Where a copy has dropout, for example: not the networks that act, teach or are bootstrapped from."""
+    args = TORCH.Args(teacher_model_path=PONG_TEACHER)
+    state = create_state(TORCH, args)
+    assert state.student.training
+    for other in (state.player, state.target_network, TORCH.load_teacher(args, 6, state.device)):
+        assert not any(module.training for module in other.modules())
+
+
+def test_the_learning_rate_is_set_in_every_group_of_any_optimizer():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.RMSprop([{"params": [parameter]} for parameter in parameters], lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
 def test_offline_learning_brings_the_student_to_its_teacher():
     kernel, bias = random_linear(np.random.default_rng(0))
     happened = rehearse(
@@ -209,7 +228,9 @@ class WhichActionGame(NoGame):
         super().reset(seed)
         self.rng = np.random.default_rng(0)
         self.rewards: list[float] = []
-        self._ask()
+        for _ in range(4):  # the first frame, four times, is all that a buffer takes to begin with
+            self.rng = np.random.default_rng(0)
+            self._ask()
 
     def _ask(self) -> None:
         self.right = self.rng.integers(NUM_ACTIONS, size=self.num_envs)

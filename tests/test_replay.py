@@ -278,6 +278,14 @@ def test_a_batch_has_the_documented_shapes_and_types(frames_type, num_q_values):
     assert described == expected
 
 
+def test_observations_that_cannot_be_rebuilt_from_the_newest_frames_are_refused(frames_type):
+    replay = make_replay(frames_type, 20, 2)
+    observations = np.full((2, 4, 84, 84), 5, np.uint8)
+    observations[1, 0, 3, 3] = 6  # another channel than a frame, or a stack that began with zeros
+    with pytest.raises(SystemExit, match=r"^error: after a reset, an observation must be one frame"):
+        replay.start(observations)
+
+
 def test_a_buffer_that_holds_observations_does_not_start_again():
     """A run that was resumed goes on with what it had."""
     replay = filled(make_replay(TorchFrames, 40, num_envs=2), Stream(2, 60, SOME_ENDS))

@@ -273,3 +273,9 @@ def test_a_run_cannot_be_resumed_with_a_replay_instead_of_the_teachers_play():
         with pytest.raises(SystemExit, match=f"--teacher-replay-path is {now}, but runs/a has {before}"):
             check_unchanged(Path("runs/a"), {"teacher_replay_path": before}, {"teacher_replay_path": now})
     check_unchanged(Path("runs/a"), {"teacher_replay_path": "replay"}, {"teacher_replay_path": "moved"})
+
+
+def test_a_run_may_be_resumed_with_a_script_that_has_got_an_option():
+    check_unchanged(Path("runs/a"), {"seed": 1}, {"seed": 1, "q_penalty": 0.0})
+    with pytest.raises(SystemExit, match="--seed is 2, but runs/a has 1"):
+        check_unchanged(Path("runs/a"), {"seed": 1}, {"seed": 2, "q_penalty": 0.0})

@@ -138,7 +138,8 @@ def test_without_an_interval_a_checkpoint_is_made_only_when_the_run_is_stopped()
 
 
 def test_a_resumed_run_is_where_the_checkpoint_was_made():
-    observations = torch.arange(2 * 4 * 84 * 84).reshape(2, 4, 84, 84).to(torch.uint8).numpy()
+    frames = torch.arange(2 * 84 * 84).reshape(2, 1, 84, 84).to(torch.uint8).numpy()
+    observations = frames.repeat(4, axis=1)
     with killed_run() as run:
         run.state.replay.start(observations)
         run.state.step = 7
@@ -506,7 +507,11 @@ def test_a_folder_without_a_run_is_refused_and_left_alone(folder, fault):
 
 def test_a_run_is_locked_against_other_processes_until_it_ends(unfinished):
     program = "from pathlib import Path; from cleanrl.utils.run.folders import lock_run; lock_run(Path({!r}))"
-    line = f"error: another process is running {unfinished}; wait until it has ended"
+    lock = unfinished / "checkpoints" / "lock"
+    line = (
+        f"error: another process is running {unfinished}; wait until it has ended or, if it was killed on"
+        f" another machine, delete {lock}"
+    )
     with killed_run(resume=str(unfinished)):
         other = run_python(Path(), "-c", program.format(str(unfinished)))
         assert other == (1, "", f"{line}\n")
@@ -538,9 +543,11 @@ def test_values_of_both_frameworks_are_plotted_in_their_order():
     assert curves["charts/epsilon"] == [(0, 0.0), (10, 1.0), (20, 2.0)]
 
 
-def test_a_tag_that_no_page_explains_is_an_error():
-    with killed_run() as run, pytest.raises(KeyError, match="losses/new is not among the tags"):
-        run.plot({"losses/new": 1.0}, 0)
+def test_a_metric_of_ones_own_is_plotted():
+    with start() as run:
+        run.plot({"losses/new": 1.0, LOSS: 2.0}, 0)
+    curves = read_curves(run.folder)
+    assert (curves["losses/new"], curves[LOSS]) == ([(0, 1.0)], [(0, 2.0)])
 
 
 @pytest.mark.parametrize("loss", [float("inf"), torch.tensor(torch.nan)])

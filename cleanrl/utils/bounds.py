@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 MOST = 10**12  # no count, size or time of a run is larger
+MOST_DENSE_WIDTH = 4096  # units; more would take gigabytes, or come from a hostile file
 
 
 class Bounds(NamedTuple):

@@ -38,6 +38,7 @@ def describe_options(args_type: type) -> dict[str, Option]:
                 group = heading[1]
             elif field := re.match(r"    (\w+): ", line):
                 name = field[1]
+                found.setdefault(name, Option(group, ""))
             elif text := re.fullmatch(r'    """(.+)"""', line):
                 found[name] = Option(group, text[1])
     return {field.name: found[field.name] for field in dataclasses.fields(args_type)}

@@ -185,11 +185,11 @@ def adam_options(device: torch.device) -> dict[str, bool]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets Adam's learning rate; where a gradient step is captured, in a tensor on the GPU."""
-    (group,) = optimizer.param_groups
-    if not group["fused"]:
-        group["lr"] = value
-    elif isinstance(group["lr"], Tensor):
-        group["lr"].fill_(value)
-    else:
-        group["lr"] = torch.full((), value, device=group["params"][0].device)
+    """Sets an optimizer's learning rate; where a gradient step can be captured, in a tensor on the GPU."""
+    for group in optimizer.param_groups:
+        if not group.get("capturable"):
+            group["lr"] = value
+        elif isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = torch.full((), value, device=group["params"][0].device)

@@ -119,8 +119,18 @@ class ReplayBuffer:
         self.heads = np.zeros(self.num_envs, np.int64)  # positions of the current observations, ever growing
 
     def start(self, observations: np.ndarray) -> None:
-        """Takes the first observations, uint8 (num_envs, 4, 84, 84), unless it holds them already."""
+        """Takes the first observations, uint8 (num_envs, 4, 84, 84), unless it holds them already.
+
+        Raises:
+            SystemExit: with a one-line error, if they are not one frame four times, as after a reset; for
+                `sample` rebuilds observations from the newest frames.
+        """
         if self.frames is None:
+            if (observations != observations[:, -1:]).any():
+                raise SystemExit(
+                    "error: after a reset, an observation must be one frame four times: the replay buffer"
+                    " stores only the newest; undo the change to make_env"
+                )
             self.allocate()
             self._observe(np.arange(self.num_envs), observations, depths=0)
 

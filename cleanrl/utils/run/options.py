@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cleanrl.utils.bounds import Bounds, Fraction, Name, NonNegativeFloat, PositiveInt, Seed
+from cleanrl.utils.bounds import MOST_DENSE_WIDTH, Bounds, Fraction, Name, NonNegativeFloat, PositiveInt, Seed
 
-Size = Annotated[int, Bounds(1, 4096)]  # of what takes memory as soon as a run begins
+DenseWidth = Annotated[int, Bounds(1, MOST_DENSE_WIDTH)]
 
 MAY_CHANGE = {
     "resume",
@@ -42,9 +42,10 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
         may_change = name in MAY_CHANGE
         if name == "teacher_replay_path" and not (value and before.get(name)):
             may_change = False
-        if not may_change and value != before.get(name):
+        is_new = name not in before  # the script has been edited
+        if not (may_change or is_new) and value != before[name]:
             raise SystemExit(
-                f"error: --{name.replace('_', '-')} is {value}, but {folder} has {before.get(name)};"
+                f"error: --{name.replace('_', '-')} is {value}, but {folder} has {before[name]};"
                 " leave the option out, or start again without --resume"
             )
 

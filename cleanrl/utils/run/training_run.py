@@ -257,7 +257,7 @@ class TrainingRun:
         tqdm.write(text)
 
     def plot(self, values: dict[str, Any], step: int) -> None:
-        """Adds a point at `step` to each curve, by its tag in `charts.TAGS`.
+        """Adds a point at `step` to each curve, by its tag.
 
         Values may still be on a device. They are read when the next ones come or a checkpoint is made;
         by then the device has computed them. A loss that is not finite then ends the run.
@@ -265,11 +265,9 @@ class TrainingRun:
         Raises:
             SystemExit: with a one-line error, for a loss that is not finite.
         """
-        if unknown := values.keys() - TAGS.keys():
-            raise KeyError(f"{unknown.pop()} is not among the tags of cleanrl/utils/run/charts.py")
         self._write_values()
-        in_order = {tag: values[tag] for tag in TAGS if tag in values}  # JAX sorts a dict's keys
-        self._unread.append((step, in_order))
+        order = [*TAGS, *sorted(values.keys() - TAGS.keys())]  # JAX sorts a dict's keys
+        self._unread.append((step, {tag: values[tag] for tag in order if tag in values}))
 
     def plot_game(self, game: FinishedGame, step: int) -> None:
         """Adds a finished game to the curves."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cleanrl.utils.bounds import shown
+from cleanrl.utils.bounds import MOST_DENSE_WIDTH, shown
 from cleanrl.utils.weights.files import read_weights
 from cleanrl.utils.weights.layouts import fit_weights, is_flax, is_student
 
@@ -94,12 +94,14 @@ class Agent:
 
     @property
     def dense_width(self) -> int:
-        """Units in the dense layer of an Impala-CNN; of a layer that cannot be one, those of the default."""
+        """Units in the dense layer of an Impala-CNN; of a layer that cannot be one, those of the default.
+
+        Its inputs may be others than the script's: those of a copy with wider convolutions, for example.
+        """
         match self.weights.get("params/Dense_0/kernel" if self.is_flax else "network.5.weight"):
-            case np.ndarray(shape=(3872, width)) if self.is_flax:  # 32 channels of 11 × 11
-                return width
-            case np.ndarray(shape=(width, 3872)):
-                return width
+            case np.ndarray(shape=(inputs, units)):
+                width = units if self.is_flax else inputs
+                return width if width <= MOST_DENSE_WIDTH else 256
         return 256
 
     def fit(
