@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from both_scripts import DQN_JAX, JAX, NUM_ACTIONS, TORCH, create_state, linear_weights, use_network
+from both_scripts import (
+    DQN_JAX,
+    JAX,
+    NUM_ACTIONS,
+    TORCH,
+    create_state,
+    linear_weights,
+    run_python,
+    use_network,
+)
 from rehearsal import RandomGame, rehearse
 
 from cleanrl.utils import gpu_jax
@@ -148,6 +157,14 @@ def test_a_gpu_that_cannot_be_used_is_a_one_line_error(monkeypatch, script):
     line = r"^error: the GPU cannot be used \(CUDA error: out of memory\); use --no-cuda or free its memory$"
     with pytest.raises(SystemExit, match=line):
         script.choose_device(script.Args())
+
+
+def test_a_platform_that_is_not_there_is_a_one_line_error(tmp_path):
+    program = "import cleanrl.dqn_atari_jax as script; script.choose_device(script.Args())"
+    status, _, errors = run_python(tmp_path, "-c", program, JAX_PLATFORMS="cuda")
+    assert status == 1
+    line = "error: the GPU cannot be used (JAX_PLATFORMS names none that is there); use --no-cuda or"
+    assert errors.splitlines()[-1] == f"{line} free its memory"
 
 
 # ------------------------------------------------------------------------------------------------- memory
