@@ -229,13 +229,18 @@ import time
 import numpy as np
 from cleanrl.utils.games import parallel_envs
 from test_parallel_envs import CONTINUE, TinyEnv
+
+class SlowEnv(TinyEnv):
+    def step(self, action):
+        time.sleep(1)
+        return super().step(action)
+
 if __name__ == "__main__":
-    parallel_envs.WORKER_TIMEOUT_S = 6
-    with parallel_envs.ParallelEnvs([TinyEnv] * 2, num_workers=2) as envs:
+    parallel_envs.WORKER_TIMEOUT_S = 5
+    with parallel_envs.ParallelEnvs([SlowEnv] * 2, num_workers=2) as envs:
         envs.reset(seed=0)
         print("plays", flush=True)
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
+        for _ in range(3):
             envs.step_async(np.full(2, CONTINUE))
             envs.step_wait()
 """
@@ -250,9 +255,9 @@ def test_a_suspended_run_continues(tmp_path):
         command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, process_group=0, text=True
     )
     assert process.stdout.readline() == "plays\n"
-    time.sleep(0.5)
+    time.sleep(0.5)  # it waits for the workers
     os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(6)
     os.killpg(process.pid, signal.SIGCONT)
     assert process.wait(timeout=60) == 0
 

@@ -30,14 +30,12 @@ def get_state(env: gym.Env) -> dict[str, Any]:
     """
     wrappers = []
     while isinstance(env, gym.Wrapper):
-        attributes = vars(env).items()
-        wrappers.append(
-            {
-                name: _capture(value)
-                for name, value in attributes
-                if _is_plain(value) or isinstance(value, np.random.Generator)
-            }
-        )
+        can_be_saved = {
+            name: value
+            for name, value in vars(env).items()
+            if _is_plain(value) or isinstance(value, np.random.Generator)
+        }
+        wrappers.append({name: _capture(value) for name, value in can_be_saved.items()})
         env = env.env
     return {
         "wrappers": wrappers,

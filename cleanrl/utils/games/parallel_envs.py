@@ -247,7 +247,7 @@ class ParallelEnvs:
 
     def _receive_from(self, connection, process) -> list:
         try:
-            # A second at a time: of a suspended run, clocks go on, and the workers have to wake up, too.
+            # A second at a time: after a suspension, all of it would be over before the workers wake up.
             if not any(connection.poll(1.0) for _ in range(WORKER_TIMEOUT_S)):
                 raise WorkerError(
                     f"environment worker {process.pid} hangs: no answer for {WORKER_TIMEOUT_S} s (use"
