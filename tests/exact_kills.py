@@ -178,12 +178,16 @@ class MadeEnvs:
 
     def __init__(self, make_env: Callable):
         self.envs = {
-            frames: [make_env("PongNoFrameskip-v4", 0.25, frames) for _ in range(4)]
+            frames: [make_env("PongNoFrameskip-v4", 0.25, frames) for _ in range(5)]
             for frames in (MAX_GAME_FRAMES, GAME_FRAMES)
         }
 
     def take(
-        self, env_id: str, repeat: float, max_game_frames: int = MAX_GAME_FRAMES, video_folder: None = None
+        self,
+        env_id: str,
+        repeat: float = 0.0,
+        max_game_frames: int = MAX_GAME_FRAMES,
+        video_folder: None = None,
     ) -> gym.Env:
         return self.envs[max_game_frames].pop()
 

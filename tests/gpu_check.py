@@ -73,7 +73,9 @@ class RandomGames:
         import numpy as np
 
         self.num_envs, self.rng = num_envs, np.random.default_rng(0)
-        self.observations = self._random_observations()
+        self.observations = np.zeros(
+            (num_envs, 4, 84, 84), np.uint8
+        )  # one frame four times, as after a reset
 
     def _random_observations(self) -> Any:
         return self.rng.integers(256, size=(self.num_envs, 4, 84, 84), dtype="uint8")

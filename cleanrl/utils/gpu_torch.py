@@ -187,7 +187,7 @@ def adam_options(device: torch.device) -> dict[str, bool]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets an optimizer's learning rate; where a gradient step can be captured, in a tensor on the GPU."""
     for group in optimizer.param_groups:
-        if not group.get("capturable"):
+        if not (group.get("fused") or group.get("capturable")):
             group["lr"] = value
         elif isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)

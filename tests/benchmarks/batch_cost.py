@@ -78,7 +78,7 @@ def main(
 
     def create_state(n_step: int) -> Any:
         state = script.create_train_state(replace(args, n_step=n_step), NUM_ACTIONS, training_device)
-        state.teacher_replay.start(steps[0][1].observations)
+        state.teacher_replay.start(np.zeros_like(steps[0][1].observations))
         for _ in range(stored // (NUM_ENVS * NUM_STEPS) + 1):
             add(state)
         return state

@@ -164,7 +164,7 @@ class ScriptPhases(ExitStack):
         step = StepResult(observations, np.ones(num_envs, np.float32), nowhere, nowhere, observations, [])
         actions, q_values = np.zeros(num_envs, dtype=int), np.zeros((num_envs, NUM_ACTIONS), np.float32)
         replay = self.create_replay(stored)
-        replay.start(observations)
+        replay.start(np.zeros_like(observations))
 
         def add(number: int) -> None:
             for _ in range(number):
@@ -185,7 +185,7 @@ class ScriptPhases(ExitStack):
     def prepare(self) -> None:
         """Makes the empty buffer that the next online phase takes."""
         self.state.student_replay.free()
-        self.state.student_replay.start(self.envs.observations)
+        self.state.student_replay.start(self.envs.observations[:, -1:].repeat(4, axis=1))
         self.synchronize()
 
 
