@@ -33,7 +33,7 @@ if not __package__:  # started as a file: makes `cleanrl` importable, installed 
 from cleanrl.utils.bounds import Bounds, Fraction, Name, NonNegativeInt, PositiveFloat, shown
 from cleanrl.utils.command_line import check_bounds, parse, refuse
 from cleanrl.utils.evaluation import acting_values, evaluate
-from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.atari import check_game
 from cleanrl.utils.games.parallel_envs import WorkerError
 from cleanrl.utils.hub.download import Advice, download, find_file
 from cleanrl.utils.run.folders import saved_model
@@ -95,7 +95,7 @@ def find_agent(args: Args) -> tuple[Path | None, str]:
     if env_id is None:
         fault = f"{shown(args.agent)} does not name its game"
         raise SystemExit(f"error: {fault}; use --env-id, e.g. PongNoFrameskip-v4")
-    count_actions(env_id)
+    check_game(env_id)
     if args.agent == RANDOM:
         return None, env_id
     if os.path.isdir(path):  # False also for a name that no file can have

@@ -38,7 +38,6 @@ from hub_server import HubServer
 from cleanrl import enjoy
 from cleanrl.utils.benchmark import __main__ as many_runs
 from cleanrl.utils.command_line import check_arguments, parse, parse_arguments
-from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.hub import publish
 from cleanrl.utils.tune import __main__ as tune
 from cleanrl.utils.tune.space import parse_space
@@ -346,7 +345,6 @@ def read_args(words: Sequence[str], options: list[str]) -> Any:
 def check_script(words: list[str]) -> None:
     args = read_args(words, words[2:])
     check_arguments(args)
-    count_actions(args.env_id)  # it is a game
     teacher = getattr(args, "teacher_model_path", None)
     if teacher and "cleanrl" in teacher.parts:
         assert (ROOT / teacher).is_file()

@@ -17,7 +17,7 @@ from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
 from cleanrl.utils import bounds
 from cleanrl.utils.bounds import shown
 from cleanrl.utils.command_line import check_arguments, check_bounds, describe_options, parse_arguments
-from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.atari import check_game
 from cleanrl.utils.run.checkpoint import CheckpointWriter
 from cleanrl.utils.run.folders import newest_unfinished_run
 from cleanrl.utils.run.options import RunOptions
@@ -140,7 +140,7 @@ def test_names_that_files_should_not_have_are_refused_in_one_short_line(name):
 def test_what_is_no_game_is_said_in_one_short_line():
     for env_id in ("x" * 5000, "a\nb", "\udcff"):
         with pytest.raises(SystemExit, match=r"^error: --env-id .* is not known; ") as end:
-            count_actions(env_id)
+            check_game(env_id)
         assert len(end.value.code) < 300
         assert end.value.code.isprintable()
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 import tyro
 
 from cleanrl.utils.bounds import Bounds, NameRule, has_kind, shown
-from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.atari import check_game
 from cleanrl.utils.run.checkpoint import saved_options
 from cleanrl.utils.run.folders import newest_unfinished_run, unfinished_runs
 
@@ -177,7 +177,7 @@ def check_arguments(args: Args) -> Args:
     Raises:
         SystemExit: with a one-line error that names the option, its value and what it must be.
     """
-    count_actions(args.env_id)  # refuses what is no game
+    check_game(args.env_id)
     check_bounds(args)
     if args.tau == 0:
         refuse("tau", args.tau, "must be above 0, or the target network never changes")

@@ -19,7 +19,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cleanrl.qdagger_dqn_atari_impalacnn import make_env
-from cleanrl.utils.games.atari import count_actions
 from cleanrl.utils.games.parallel_envs import ParallelEnvs
 from cleanrl.utils.replay.frames_torch import TorchFrames
 from cleanrl.utils.replay.ring import ReplayBuffer
@@ -41,19 +40,18 @@ class Args:
 
 
 def play(args: Args) -> list[tuple]:
-    num_actions = count_actions(args.env_id)
     rng = np.random.default_rng(0)
     with ParallelEnvs([partial(make_env, args.env_id)] * NUM_ENVS) as envs:
         steps = [envs.reset(0)]
         for _ in range(args.played_steps // NUM_ENVS):
-            actions = rng.integers(num_actions, size=NUM_ENVS)
+            actions = rng.integers(envs.action_space.n, size=NUM_ENVS)
             envs.step_async(actions)
             steps.append((actions, envs.step_wait()))
     return steps
 
 
 def main(args: Args) -> None:
-    num_actions = count_actions(args.env_id)
+    num_actions = int(make_env(args.env_id).action_space.n)
     observations, *steps = play(args)
 
     def make_frames(num_slots: int) -> TorchFrames:

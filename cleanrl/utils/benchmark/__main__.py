@@ -21,7 +21,7 @@ from cleanrl.utils.benchmark.records import Job
 from cleanrl.utils.benchmark.view import View, table
 from cleanrl.utils.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from cleanrl.utils.command_line import check_bounds, parse, refuse
-from cleanrl.utils.games.atari import GAME_LISTS, count_actions
+from cleanrl.utils.games.atari import GAME_LISTS, check_game
 from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.signals import StopSignals
 
@@ -70,7 +70,7 @@ def check(args: Args) -> None:
         )
     args.env_ids = tuple(game for name in args.env_ids for game in GAME_LISTS.get(name, [name]))
     for env_id, count in Counter(args.env_ids).items():
-        count_actions(env_id)
+        check_game(env_id)
         if count > 1:
             refuse("env_ids", env_id, f"is named {count} times; once is enough")
     check_bounds(args)

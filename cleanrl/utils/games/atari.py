@@ -152,12 +152,8 @@ GAME_LISTS = {
 }
 
 
-def count_actions(env_id: str) -> int:
-    """The number of actions of an Atari game.
-
-    Raises:
-        SystemExit: with a one-line error, if `env_id` is not a {Game}NoFrameskip-v4 with discrete actions.
-    """
+def check_game(env_id: str) -> None:
+    """Raises SystemExit with a one-line error, unless it is a {Game}NoFrameskip-v4 with discrete actions."""
     atari_ids = [name for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
     known_ids = [name for name in atari_ids if name.endswith("NoFrameskip-v4") and "-ram" not in name]
     if env_id not in known_ids:
@@ -177,7 +173,6 @@ def count_actions(env_id: str) -> int:
         raise SystemExit(
             f"error: --env-id {env_id} has the actions {action_space}; only Discrete ones can be learned"
         )
-    return int(action_space.n)
 
 
 def random_return(env_id: str, return_normalization: str) -> float:

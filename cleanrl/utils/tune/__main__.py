@@ -25,7 +25,7 @@ from cleanrl.utils.bounds import (
     shown,
 )
 from cleanrl.utils.command_line import check_bounds, parse
-from cleanrl.utils.games.atari import count_actions
+from cleanrl.utils.games.atari import check_game
 from cleanrl.utils.shell import prepare_command
 
 
@@ -55,7 +55,7 @@ class Args:
 def main(args: Args) -> int:
     """Searches, prints the table and draws the picture; returns the exit status."""
     check_bounds(args)
-    count_actions(args.env_id)
+    check_game(args.env_id)
     for package in ("optuna", "matplotlib"):
         if not importlib.util.find_spec(package):
             raise SystemExit(
