@@ -135,6 +135,7 @@ def test_frames_that_another_run_took_meanwhile_are_a_one_line_error(error):
     [
         (MemoryError(), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes."), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("shapes cannot be multiplied"), False),

@@ -111,6 +111,16 @@ def test_what_is_loaded_is_what_was_saved(saved, writer, reader, num_steps, buff
     np.testing.assert_allclose(batch.teacher_q_values, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_which_nothing_fits_is_not_written(saved):
+    """On a GPU, PyTorch cannot move an array without rows as `upload` moves them."""
+    folder, _ = saved(TorchFrames, LONG)
+    with mock.patch.object(TorchFrames, "write", autospec=True, side_effect=TorchFrames.write) as write:
+        load(TorchFrames, folder, compute_q_values, buffer_size=9 * NUM_ENVS)
+    num_rows = [len(slots) for (_, slots, _), _ in write.call_args_list]
+    assert 0 < len(num_rows) < len(list(folder.glob("rows-*.zst")))
+    assert min(num_rows) > 0
+
+
 def test_the_streams_fill_none_some_and_all_of_the_rings():
     full = {
         steps: [oldest(stream_of(steps), env) > 0 for env in range(NUM_ENVS)]

@@ -23,7 +23,8 @@ def first_use_of_gpu() -> Iterator[None]:
 def memory_shortage(error: BaseException) -> str | None:
     """What to say of an error that means that the host or a GPU has no more memory; None for any other."""
     text = str(error).partition("\n")[0].rstrip(".")
-    signs = ("out of memory", "resource_exhausted", "can't allocate memory")  # CUDA, XLA, PyTorch on a CPU
+    # CUDA, cuBLAS and cuDNN, XLA, PyTorch on a CPU
+    signs = ("out of memory", "alloc_failed", "resource_exhausted", "can't allocate memory")
     if isinstance(error, MemoryError):
         text = f"the host is out of memory ({text})"
     elif not isinstance(error, RuntimeError) or not any(sign in text.lower() for sign in signs):

@@ -4,6 +4,7 @@ On a CPU nothing here changes what is computed.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -171,10 +172,12 @@ def choose_device(args: Any) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic  # times its algorithms before it chooses
     OneLaunch.enabled = args.cuda_graphs
+    if not args.cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or an optimizer's step takes memory of a GPU that it sees
     if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", torch.cuda.current_device())
     with first_use_of_gpu():
+        device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=device)
     return device
 

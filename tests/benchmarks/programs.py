@@ -106,9 +106,14 @@ class ScriptPhases(ExitStack):
     def __init__(self, script_name: str, device: str, num_envs: int, cuda_graphs: bool = True):
         super().__init__()
         from cleanrl.utils.games.parallel_envs import ParallelEnvs
+        from cleanrl.utils.shell import prepare_command
 
+        prepare_command()  # as a script does when it is started
         self.script = importlib.import_module(f"cleanrl.{script_name}")
         self.args = create_args(self.script, device, num_envs, cuda_graphs)
+        learn = self.script.learn
+        # Phases are of different lengths; other options would be compiled for, or captured, once more.
+        self.script.learn = lambda args, *others: learn(self.args, *others)
         self.device = self.script.choose_device(self.args)
         self.envs = self.enter_context(ParallelEnvs([partial(self.script.make_env, ENV_ID)] * num_envs))
         self.teacher = self.script.load_teacher(self.args, NUM_ACTIONS, self.device)
@@ -207,11 +212,14 @@ class TorchPhases(ScriptPhases):
         """Of a gradient step with fused Adam, as on a GPU: its operators, and about as many kernels."""
         import torch
 
-        own = self.state.optimizer
+        from cleanrl.utils.gpu_torch import OneLaunch
+
+        own, was_enabled = self.state.optimizer, OneLaunch.enabled
         self.state.optimizer = torch.optim.Adam(self.state.student.parameters(), lr=1e-4, fused=True)
+        OneLaunch.enabled = False  # a graph has no operators, and the other optimizer
         self.learn()  # Adam makes its moments
         counts = count_launches(self.learn)
-        self.state.optimizer = own
+        self.state.optimizer, OneLaunch.enabled = own, was_enabled
         return counts
 
     def learn(self) -> None:
@@ -260,7 +268,7 @@ def start_run(phases: ScriptPhases) -> Any:
             return [0.0]
 
     script = phases.script
-    return MeasuredRun(phases.args, Path(script.__file__), phases.state, script.make_env, model="player")
+    return MeasuredRun(phases.args, Path(script.__file__), phases.state, script.make_env, model="ema_student")
 
 
 class BaselinePhases:

@@ -38,7 +38,12 @@ class JaxFrames:
 
     @staticmethod
     def host() -> jax.Device:
-        return jax.devices("cpu")[0]
+        try:
+            return jax.devices("cpu")[0]
+        except RuntimeError:
+            raise SystemExit(
+                "error: JAX_PLATFORMS forbids a replay buffer in host memory; add ,cpu to its value"
+            ) from None
 
     @staticmethod
     def free_memory(device: jax.Device) -> int | None:

@@ -97,7 +97,8 @@ def fitting_rows(
         is_whole = positions - rows["stack_depths"] >= oldest[envs]
         rows = {**rows, "is_transition": rows["is_transition"] & is_whole}
         slots = envs * num_slots + positions % num_slots
-        yield slots[kept], {name: values[kept] for name, values in rows.items()}
+        if kept.any():
+            yield slots[kept], {name: values[kept] for name, values in rows.items()}
     if not is_there.all():
         raise DamagedError(
             f"its files hold {is_there.sum()} frames, not {len(is_there)} as its manifest says"
