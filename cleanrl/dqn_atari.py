@@ -7,7 +7,6 @@ that. Its network can teach QDagger, as can its replay buffer (`--save-replay`).
 """
 
 import copy
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from cleanrl.utils.shell import prepare_command
 # ----------------------------------------------------------------------------------------------- options
 
 
-@dataclass(unsafe_hash=True)  # JAX compiles for its values
-class Args(RunOptions):
+@dataclass
+class Args(RunOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/utils/run/options.py
     exp_name: Name = Path(__file__).stem
 
     # learning
@@ -39,7 +38,7 @@ class Args(RunOptions):
     gamma: Fraction = 0.99
     """discount factor"""
     tau: Fraction = 1.0
-    """weight of the online network in each target network update; 1: a copy"""
+    """weight of the Q-network in each target network update; 1: a copy"""
     target_network_frequency: PositiveInt = 1000
     """environment steps between target network updates"""
     batch_size: PositiveInt = 32
@@ -57,7 +56,7 @@ class Args(RunOptions):
     eval_episodes: PositiveInt = 10
     """games in each evaluation"""
     eval_frequency: NonNegativeInt = 0
-    """environment steps between evaluations; keeps the best network; 0: only one, at the end"""
+    """environment steps between evaluations; the best network is saved too; 0: only one, at the end"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, for QDagger's --teacher-replay-path"""
 
@@ -65,9 +64,6 @@ class Args(RunOptions):
 if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_command()
     ARGS = read_arguments(Args)
-
-# By default PyTorch's threads busy-wait so long that they take the cores from the environments' workers.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import cv2
 import gymnasium as gym
@@ -125,11 +121,11 @@ class MaxAndSkip(gym.Wrapper):
 
     def step(self, action):
         total_reward = 0.0
-        for frame in range(4):
+        for repeat in range(4):
             _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
-            if frame >= 2:
-                self.unwrapped.ale.getScreenRGB(self.last_frames[frame - 2])
+            if repeat >= 2:
+                self.unwrapped.ale.getScreenRGB(self.last_frames[repeat - 2])
             if terminated or truncated:
                 break
         frame = cv2.cvtColor(np.maximum(*self.last_frames), cv2.COLOR_RGB2GRAY)
@@ -237,7 +233,7 @@ class QNetwork(nn.Module):
 def td_targets(rewards: Tensor, terminations: Tensor, discounts: Tensor, next_q_values: Tensor) -> Tensor:
     """y = r + γ (1 − terminated) max_a' Q_target(s', a'), float32 (batch,).
 
-    `next_q_values` are (batch, num_actions), all others (batch,).
+    `discounts` are γ, or γⁿ after n steps; `next_q_values` are (batch, num_actions), all others (batch,).
     """
     return rewards + discounts * (1 - terminations) * next_q_values.max(dim=1).values
 
@@ -282,7 +278,7 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     return TrainState(q_network, target_network, optimizer, np.random.default_rng(args.seed), replay)
 
 
-@OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
+@OneLaunch  # arrays arrive as tensors on the device; on a GPU, a CUDA graph launches all kernels at once
 def update(state: TrainState, frames: Tensor, batch: Batch) -> Losses:
     """One gradient step; its loss, mean((y − Q(s, a))²), and the mean of Q(s, a) stay on the device."""
     with torch.no_grad():
@@ -331,7 +327,7 @@ def compute_q_values(network: nn.Module, observations: np.ndarray) -> np.ndarray
 # ---------------------------------------------------------------------------------------------- training
 
 
-def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
+def epsilon_greedy(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
     """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
@@ -354,12 +350,12 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
                 continue
             steps = state.step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, steps)
-            actions = explore(state.rng, epsilon, compute_q_values(state.q_network, envs.observations))
+            actions = epsilon_greedy(state.rng, epsilon, compute_q_values(state.q_network, envs.observations))
             envs.step_async(actions)
             learn_online(args, state, run)  # while the games step
-            step = envs.step_wait()
-            state.replay.add(actions, step)
-            for game in step.finished_games:
+            result = envs.step_wait()
+            state.replay.add(actions, result)
+            for game in result.finished_games:
                 run.plot_game(game, state.step + game.env_index + 1)
             state.step += args.num_envs
             state.seconds = time.monotonic() - start_time

@@ -24,7 +24,7 @@ from cleanrl.utils.shell import prepare_command
 
 
 @dataclass(unsafe_hash=True)  # JAX compiles for its values
-class Args(RunOptions):
+class Args(RunOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/utils/run/options.py
     exp_name: Name = Path(__file__).stem
 
     # learning
@@ -37,7 +37,7 @@ class Args(RunOptions):
     gamma: Fraction = 0.99
     """discount factor"""
     tau: Fraction = 1.0
-    """weight of the online network in each target network update; 1: a copy"""
+    """weight of the Q-network in each target network update; 1: a copy"""
     target_network_frequency: PositiveInt = 1000
     """environment steps between target network updates"""
     batch_size: PositiveInt = 32
@@ -55,7 +55,7 @@ class Args(RunOptions):
     eval_episodes: PositiveInt = 10
     """games in each evaluation"""
     eval_frequency: NonNegativeInt = 0
-    """environment steps between evaluations; keeps the best network; 0: only one, at the end"""
+    """environment steps between evaluations; the best network is saved too; 0: only one, at the end"""
     save_replay: Path | None = None
     """a new folder for the replay buffer, saved at the end, for QDagger's --teacher-replay-path"""
 
@@ -124,11 +124,11 @@ class MaxAndSkip(gym.Wrapper):
 
     def step(self, action):
         total_reward = 0.0
-        for frame in range(4):
+        for repeat in range(4):
             _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
-            if frame >= 2:
-                self.unwrapped.ale.getScreenRGB(self.last_frames[frame - 2])
+            if repeat >= 2:
+                self.unwrapped.ale.getScreenRGB(self.last_frames[repeat - 2])
             if terminated or truncated:
                 break
         frame = cv2.cvtColor(np.maximum(*self.last_frames), cv2.COLOR_RGB2GRAY)
@@ -240,7 +240,7 @@ class QFunction:
 def td_targets(rewards: Array, terminations: Array, discounts: Array, next_q_values: Array) -> Array:
     """y = r + γ (1 − terminated) max_a' Q_target(s', a'), float32 (batch,).
 
-    `next_q_values` are (batch, num_actions), all others (batch,).
+    `discounts` are γ, or γⁿ after n steps; `next_q_values` are (batch, num_actions), all others (batch,).
     """
     return rewards + discounts * (1 - terminations) * next_q_values.max(axis=1)
 
@@ -257,7 +257,7 @@ Losses = dict[str, Array]
 
 @struct.dataclass
 class Learner:
-    """What a gradient step changes, all on the training device."""
+    """The networks and the optimizer's state, all on the training device."""
 
     q_network: QFunction
     target_network: QFunction
@@ -315,8 +315,8 @@ def update(args: Args, learner: Learner, frames: Array, batches: Batch) -> tuple
         return learner.replace(q_network=q_network, optimizer_state=optimizer_state), losses
 
     # On a CPU, convolutions in a loop are ten times slower; on a GPU, a loop of 1 or 2 steps costs more
-    # launches than it saves. Unrolled beyond its length, a scan is no loop.
-    unroll = 1 if jax.default_backend() != "cpu" and len(batches.actions) > 2 else len(batches.actions) + 1
+    # launches than it saves.
+    unroll = 1 if jax.default_backend() != "cpu" and len(batches.actions) > 2 else 0  # 0: no loop
     learner, losses = lax.scan(gradient_step, learner, batches, unroll=unroll)
     return learner, {name: values[-1] for name, values in losses.items()}
 
@@ -351,14 +351,14 @@ def forward(network: QFunction, observations: Array) -> Array:
 
 def compute_q_values(network: QFunction, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    q_values = forward(network, jax.device_put(padded(observations)))
+    q_values = forward(network, jax.device_put(padded(observations)))  # to 2^k: each size is compiled
     return jax.device_get(q_values)[: len(observations)]
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
-def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
+def epsilon_greedy(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
     """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
@@ -381,12 +381,12 @@ def train(args: Args, state: TrainState, run: TrainingRun) -> None:
                 continue
             steps = state.step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, steps)
-            actions = explore(state.rng, epsilon, compute_q_values(state.q_network, envs.observations))
+            actions = epsilon_greedy(state.rng, epsilon, compute_q_values(state.q_network, envs.observations))
             envs.step_async(actions)
             learn_online(args, state, run)  # while the games step
-            step = envs.step_wait()
-            state.replay.add(actions, step)
-            for game in step.finished_games:
+            result = envs.step_wait()
+            state.replay.add(actions, result)
+            for game in result.finished_games:
                 run.plot_game(game, state.step + game.env_index + 1)
             state.step += args.num_envs
             state.seconds = time.monotonic() - start_time

@@ -28,8 +28,8 @@ from cleanrl.utils.shell import prepare_command
 # ----------------------------------------------------------------------------------------------- options
 
 
-@dataclass(unsafe_hash=True)  # JAX compiles for its values
-class Args(TeacherOptions):
+@dataclass
+class Args(TeacherOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/utils/run/options.py
     exp_name: Name = Path(__file__).stem
 
     # student
@@ -44,7 +44,7 @@ class Args(TeacherOptions):
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
-    """decay per gradient step of the moving average of the student's weights, used to act; 0: no average"""
+    """decay per gradient step of the moving average of the student's weights, which acts; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -62,19 +62,15 @@ class Args(TeacherOptions):
     start_e: Fraction = 1.0
     """epsilon at the start of the teacher's play, and of the student's schedule"""
     end_e: Fraction = 0.01
-    """epsilon at the end and in every evaluation"""
+    """epsilon at the end of both, and in every evaluation"""
     exploration_fraction: Fraction = 0.10
-    """fraction of total_timesteps over which epsilon falls, from the start of the offline phase"""
-    exploration_steps: NonNegativeInt | None = None
-    """online environment steps over which epsilon falls, instead of that fraction (the paper: 50,000)"""
+    """fraction of total_timesteps over which epsilon falls; offline_steps count as its first steps"""
+    exploration_steps: PositiveInt | None = None
+    """online environment steps over which epsilon falls (the paper: 50000; default: that fraction)"""
     learning_starts: NonNegativeInt = 80_000
     """online environment steps before the first online gradient step"""
     train_frequency: PositiveInt = 4
     """online environment steps per gradient step"""
-
-    # teacher
-    teacher_model_exp_name: str = "dqn_atari"
-    """the experiment that trained the teacher: part of its repository and file name on the Hub"""
 
     # distillation
     offline_steps: NonNegativeInt = 500_000
@@ -82,7 +78,7 @@ class Args(TeacherOptions):
     offline_eval_frequency: PositiveInt = 100_000
     """offline gradient steps between evaluations of the student; one more at the end of the phase"""
     online_eval_frequency: NonNegativeInt = 0
-    """online environment steps between evaluations of the student; keeps the best; 0: none"""
+    """online environment steps between evaluations of the student; the best is saved too; 0: none"""
     eval_episodes: PositiveInt = 10
     """games in each evaluation of the student"""
     temperature: PositiveFloat = 1.0
@@ -92,7 +88,7 @@ class Args(TeacherOptions):
     distill_steps: NonNegativeInt | None = None
     """t0, the online environment step at which distillation ends (the paper: 1.5M; default: never)"""
     return_normalization: Literal["none", "random"] = "none"
-    """random: the distillation coefficient measures returns from the random player's (as in the paper)"""
+    """random: λ measures returns from the random player's score, as the paper's code does; none: from 0"""
 
 
 TEACHERS = shlex.quote(os.path.relpath(Path(__file__).parent / "teachers"))
@@ -104,7 +100,7 @@ PRESETS = {  # what --preset stands for; options beside it win
         " --exploration-steps 20000 --learning-rate 5e-4 --final-learning-rate 1e-4 --average-decay 0.995"
         " --n-step 3 --temperature 0.1 --return-normalization random"
     ),
-    "paper": (  # Agarwal et al. (2022)
+    "paper": (  # Agarwal et al. (2022); what no option covers is listed in docs/qdagger.md
         "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"
         " --final-learning-rate 1e-5 --target-network-frequency 8000 --exploration-steps 50000"
         " --learning-starts 20000 --offline-steps 1000000 --temperature 0.1 --distill-weight 3.0"
@@ -116,9 +112,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_command()
     ARGS = read_arguments(Args, PRESETS)
 
-# By default PyTorch's threads busy-wait so long that they take the cores from the environments' workers.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -126,7 +119,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cleanrl.utils.evaluation import MAX_GAME_FRAMES, acting_values
 from cleanrl.utils.games.atari import check_teacher_return, random_return
@@ -180,11 +172,11 @@ class MaxAndSkip(gym.Wrapper):
 
     def step(self, action):
         total_reward = 0.0
-        for frame in range(4):
+        for repeat in range(4):
             _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
-            if frame >= 2:
-                self.unwrapped.ale.getScreenRGB(self.last_frames[frame - 2])
+            if repeat >= 2:
+                self.unwrapped.ale.getScreenRGB(self.last_frames[repeat - 2])
             if terminated or truncated:
                 break
         frame = cv2.cvtColor(np.maximum(*self.last_frames), cv2.COLOR_RGB2GRAY)
@@ -377,7 +369,7 @@ def load_teacher(args: Args, num_actions: int, device: torch.device) -> Teacher:
 def td_targets(rewards: Tensor, terminations: Tensor, discounts: Tensor, next_q_values: Tensor) -> Tensor:
     """y = r + γ (1 − terminated) max_a' Q_target(s', a'), float32 (batch,).
 
-    `next_q_values` are (batch, num_actions), all others (batch,).
+    `discounts` are γ, or γⁿ after n steps; `next_q_values` are (batch, num_actions), all others (batch,).
     """
     return rewards + discounts * (1 - terminations) * next_q_values.max(dim=1).values
 
@@ -435,7 +427,7 @@ class TrainState:
     """A run's whole state. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
 
     student: StudentNetwork
-    player: StudentNetwork  # the moving average of the student
+    ema_student: StudentNetwork  # moving average of its weights; acts, is evaluated and saved
     target_network: StudentNetwork
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator  # of exploration and of drawing batches
@@ -461,20 +453,21 @@ def create_train_state(args: Args, num_actions: int, device: torch.device) -> Tr
     torch.manual_seed(args.seed)
     # Convolutions are a third faster in this memory format.
     student = StudentNetwork(num_actions, args.dense_width).to(device, memory_format=torch.channels_last)
-    player, target_network = (copy.deepcopy(student).requires_grad_(False).eval() for _ in range(2))
+    ema_student, target_network = (copy.deepcopy(student).requires_grad_(False).eval() for _ in range(2))
     settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, **adam_options(device)}
     optimizer = torch.optim.Adam(student.parameters(), **settings)
     replays = plan_replays(args, num_actions, TorchFrames, device)
     rng = np.random.default_rng(args.seed)
-    return TrainState(student, player, target_network, optimizer, rng, *replays)
+    return TrainState(student, ema_student, target_network, optimizer, rng, *replays)
 
 
+@torch.no_grad()
 def move(network: nn.Module, towards: nn.Module, weight: float) -> None:
     """Interpolates the network's parameters, all in a few kernels; a weight of 1 makes a copy."""
-    get_ema_multi_avg_fn(1 - weight)([*network.parameters()], [*towards.parameters()], None)
+    torch._foreach_lerp_([*network.parameters()], [*towards.parameters()], weight)
 
 
-@OneLaunch  # on a GPU its kernels are launched together, as a CUDA graph
+@OneLaunch  # arrays arrive as tensors on the device; on a GPU, a CUDA graph launches all kernels at once
 def update(
     args: Args, state: TrainState, frames: Tensor, batch: Batch, distill_coeff: np.ndarray | Tensor
 ) -> Losses:
@@ -489,7 +482,7 @@ def update(
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
-    move(state.player, state.student, 1 - args.average_decay)
+    move(state.ema_student, state.student, 1 - args.average_decay)
     mean_q_value = q_values.gather(1, batch.actions[:, None]).mean()
     losses = {"loss": loss, "td_loss": td, "distill_loss": distill, "q_values": mean_q_value}
     return {name: value.detach() for name, value in losses.items()}
@@ -531,7 +524,7 @@ def compute_q_values(networks: nn.Module | tuple[nn.Module, ...], observations: 
 # ------------------------------------------------------------------------------------------------ phases
 
 
-def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
+def epsilon_greedy(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
     """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
@@ -558,8 +551,9 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
             q_values = compute_q_values(teacher, envs.observations)
             steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
+            # With a sampling temperature, plus Gumbel noise: their argmax is then a sample of the policy.
             preferences = acting_values(state.rng, q_values, teacher.sampling_temperature)
-            actions = explore(state.rng, epsilon, preferences)
+            actions = epsilon_greedy(state.rng, epsilon, preferences)
             envs.step_async(actions)
             state.teacher_replay.add(actions, envs.step_wait(), q_values)
             state.teacher_step += args.num_envs
@@ -568,7 +562,8 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
 
 def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str, step: int) -> float:
     """The student's mean return at the plotted step `step`, with ε = `end_e`."""
-    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.player), args.eval_episodes, step)
+    q_values = partial(compute_q_values, state.ema_student)
+    returns = run.play(f"{name}-{step}", q_values, args.eval_episodes, step)
     mean_return = float(np.mean(returns))
     run.plot({f"charts/{name}/avg_episodic_return": mean_return}, step)
     run.say(f"{name}, step {step:,}: mean return {mean_return:.2f}")
@@ -578,18 +573,16 @@ def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str,
 
 def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
     """Phase 2: the student learns from the teacher's replay, with λ = 1."""
-    with run.progress("offline", state.offline_step, args.offline_steps, "updates") as progress:
+    with run.progress("offline", state.offline_step, args.offline_steps, "gradient steps") as progress:
         while state.evaluated_step < args.offline_steps:
             run.checkpoint()
-            is_end = state.offline_step == args.offline_steps
-            is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
-            if is_due and state.offline_step > state.evaluated_step:
-                run.save_model(state.player, "-offline")
+            next_evaluation = min(state.evaluated_step + args.offline_eval_frequency, args.offline_steps)
+            if state.offline_step == next_evaluation:
+                run.save_model(state.ema_student, "-offline")
                 evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
-            frequencies = (LOSS_INTERVAL, args.target_network_frequency, args.offline_eval_frequency)
-            steps_left = (every - state.offline_step % every for every in (*frequencies, args.offline_steps))
-            num_steps = min(steps_per_call(state), *steps_left)
+            steps_left = (n - state.offline_step % n for n in (LOSS_INTERVAL, args.target_network_frequency))
+            num_steps = min(steps_per_call(state), next_evaluation - state.offline_step, *steps_left)
             losses = learn(args, state, state.teacher_replay, [1.0] * num_steps)
             state.offline_step += num_steps
             progress.update(num_steps)
@@ -631,14 +624,14 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
                 run.keep_if_best(evaluate_student(args, state, run, "online", plotted_step))
                 start_time = time.monotonic() - state.online_seconds
                 continue
-            q_values, teacher_q_values = compute_q_values((state.player, teacher), envs.observations)
+            q_values, teacher_q_values = compute_q_values((state.ema_student, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
-            actions = explore(state.rng, epsilon, q_values)
+            actions = epsilon_greedy(state.rng, epsilon, q_values)
             envs.step_async(actions)
             learn_online(args, state, run)  # while the games step
-            step = envs.step_wait()
-            state.student_replay.add(actions, step, teacher_q_values)
-            for game in step.finished_games:
+            result = envs.step_wait()
+            state.student_replay.add(actions, result, teacher_q_values)
+            for game in result.finished_games:
                 run.plot_game(game, plotted_step + game.env_index + 1)
                 state.recent_returns = [*state.recent_returns, game.episodic_return][-RECENT_GAMES:]
             state.online_step += args.num_envs
@@ -688,20 +681,22 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
-    with TrainingRun(args, Path(__file__), state, make_env, model="player", teacher=teacher) as run:
+    with TrainingRun(args, Path(__file__), state, make_env, model="ema_student", teacher=teacher) as run:
         if state.teacher_return is None:
-            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
+            run.say(f"the teacher plays {args.teacher_eval_episodes} games")
             evaluate_teacher(args, state, teacher, run)
         check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":
-            if args.teacher_replay_path:
+            if args.teacher_replay_path and args.offline_steps:
                 load_replay(args, state.teacher_replay, partial(compute_q_values, teacher), run.checkpoint)
             elif args.offline_steps:
+                run.say("(1) the teacher fills its replay buffer")
                 fill_teacher_replay(args, state, teacher, run)
             state.phase = "offline"
 
         if state.phase == "offline":
-            run.say("(2) the student learns offline from that buffer")
+            if args.offline_steps:
+                run.say("(2) the student learns offline from that buffer")
             train_offline(args, state, run)
             run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, args.offline_steps)
             state.teacher_replay.free()  # the student's takes over its frames
@@ -709,10 +704,10 @@ def main(args: Args) -> None:
 
         run.say("(3) the student plays and learns online")
         train_online(args, state, teacher, run)
-        run.save_model(state.player)
+        run.save_model(state.ema_student)
         end = args.offline_steps + state.online_step
-        run.finish(run.play("final", partial(compute_q_values, state.player), args.eval_episodes, end))
         run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
+        run.finish(run.play("final", partial(compute_q_values, state.ema_student), args.eval_episodes, end))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from cleanrl.utils.shell import prepare_command
 
 
 @dataclass(unsafe_hash=True)  # JAX compiles for its values
-class Args(TeacherOptions):
+class Args(TeacherOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/utils/run/options.py
     exp_name: Name = Path(__file__).stem
+    teacher_model_exp_name: str = "dqn_atari_jax"
 
     # student
     dense_width: DenseWidth = 256
@@ -43,7 +44,7 @@ class Args(TeacherOptions):
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
-    """decay per gradient step of the moving average of the student's weights, used to act; 0: no average"""
+    """decay per gradient step of the moving average of the student's weights, which acts; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -61,19 +62,15 @@ class Args(TeacherOptions):
     start_e: Fraction = 1.0
     """epsilon at the start of the teacher's play, and of the student's schedule"""
     end_e: Fraction = 0.01
-    """epsilon at the end and in every evaluation"""
+    """epsilon at the end of both, and in every evaluation"""
     exploration_fraction: Fraction = 0.10
-    """fraction of total_timesteps over which epsilon falls, from the start of the offline phase"""
-    exploration_steps: NonNegativeInt | None = None
-    """online environment steps over which epsilon falls, instead of that fraction (the paper: 50,000)"""
+    """fraction of total_timesteps over which epsilon falls; offline_steps count as its first steps"""
+    exploration_steps: PositiveInt | None = None
+    """online environment steps over which epsilon falls (the paper: 50000; default: that fraction)"""
     learning_starts: NonNegativeInt = 80_000
     """online environment steps before the first online gradient step"""
     train_frequency: PositiveInt = 4
     """online environment steps per gradient step"""
-
-    # teacher
-    teacher_model_exp_name: str = "dqn_atari_jax"
-    """the experiment that trained the teacher: part of its repository and file name on the Hub"""
 
     # distillation
     offline_steps: NonNegativeInt = 500_000
@@ -81,7 +78,7 @@ class Args(TeacherOptions):
     offline_eval_frequency: PositiveInt = 100_000
     """offline gradient steps between evaluations of the student; one more at the end of the phase"""
     online_eval_frequency: NonNegativeInt = 0
-    """online environment steps between evaluations of the student; keeps the best; 0: none"""
+    """online environment steps between evaluations of the student; the best is saved too; 0: none"""
     eval_episodes: PositiveInt = 10
     """games in each evaluation of the student"""
     temperature: PositiveFloat = 1.0
@@ -91,7 +88,7 @@ class Args(TeacherOptions):
     distill_steps: NonNegativeInt | None = None
     """t0, the online environment step at which distillation ends (the paper: 1.5M; default: never)"""
     return_normalization: Literal["none", "random"] = "none"
-    """random: the distillation coefficient measures returns from the random player's (as in the paper)"""
+    """random: λ measures returns from the random player's score, as the paper's code does; none: from 0"""
 
 
 TEACHERS = shlex.quote(os.path.relpath(Path(__file__).parent / "teachers"))
@@ -103,7 +100,7 @@ PRESETS = {  # what --preset stands for; options beside it win
         " --exploration-steps 20000 --learning-rate 5e-4 --final-learning-rate 1e-4 --average-decay 0.995"
         " --n-step 3 --temperature 0.1 --return-normalization random"
     ),
-    "paper": (  # Agarwal et al. (2022)
+    "paper": (  # Agarwal et al. (2022); what no option covers is listed in docs/qdagger.md
         "--repeat-action-probability 0.25 --dense-width 512 --td-loss huber --n-step 3 --adam-epsilon 1.5e-4"
         " --final-learning-rate 1e-5 --target-network-frequency 8000 --exploration-steps 50000"
         " --learning-starts 20000 --offline-steps 1000000 --temperature 0.1 --distill-weight 3.0"
@@ -132,6 +129,7 @@ from cleanrl.utils.games.statistics import EpisodeStatistics
 from cleanrl.utils.games.video import RecordGame
 from cleanrl.utils.gpu_jax import choose_device
 from cleanrl.utils.hub.download import download, find_file
+from cleanrl.utils.max_pool_jax import max_pool
 from cleanrl.utils.replay.frames_jax import JaxFrames, padded
 from cleanrl.utils.replay.ring import Batch, ReplayBuffer
 from cleanrl.utils.replay.saved_replay import load_replay
@@ -179,11 +177,11 @@ class MaxAndSkip(gym.Wrapper):
 
     def step(self, action):
         total_reward = 0.0
-        for frame in range(4):
+        for repeat in range(4):
             _, reward, terminated, truncated, info = self.env.step(action)
             total_reward += reward
-            if frame >= 2:
-                self.unwrapped.ale.getScreenRGB(self.last_frames[frame - 2])
+            if repeat >= 2:
+                self.unwrapped.ale.getScreenRGB(self.last_frames[repeat - 2])
             if terminated or truncated:
                 break
         frame = cv2.cvtColor(np.maximum(*self.last_frames), cv2.COLOR_RGB2GRAY)
@@ -276,23 +274,6 @@ class TeacherNetwork(nn.Module):
         x = nn.relu(nn.Conv(64, (3, 3), strides=1, padding="VALID")(x))
         x = nn.relu(nn.Dense(512)(x.reshape(len(x), -1)))
         return nn.Dense(self.num_actions)(x)
-
-
-def max_pool(x: Array, as_torch: bool = False) -> Array:
-    """3×3 maximum with stride 2 and SAME padding (PyTorch's: 1) of finite x (batch, height, width, channels).
-
-    The same as `nn.max_pool`, in its gradient too, which XLA would compute several times slower on a CPU.
-    """
-    for axis in (2, 1):
-        padding = [(0, 0)] * 4
-        padding[axis] = (1 if as_torch else x.shape[axis] % 2, 1)
-        length = (x.shape[axis] + 1) // 2
-        wider = jnp.pad(x, padding, constant_values=-jnp.inf)
-        first, second, third = (lax.slice_in_dim(wider, i, i + 2 * length - 1, 2, axis) for i in range(3))
-        # Of equal numbers the first gets the whole gradient; jnp.maximum would split it.
-        x = jnp.where(first >= second, first, second)
-        x = jnp.where(x >= third, x, third)
-    return x
 
 
 def first_weights(fan_in: int) -> dict[str, partial]:
@@ -397,7 +378,7 @@ def load_teacher(args: Args, num_actions: int, device: jax.Device) -> Teacher:
 def td_targets(rewards: Array, terminations: Array, discounts: Array, next_q_values: Array) -> Array:
     """y = r + γ (1 − terminated) max_a' Q_target(s', a'), float32 (batch,).
 
-    `next_q_values` are (batch, num_actions), all others (batch,).
+    `discounts` are γ, or γⁿ after n steps; `next_q_values` are (batch, num_actions), all others (batch,).
     """
     return rewards + discounts * (1 - terminations) * next_q_values.max(axis=1)
 
@@ -452,10 +433,10 @@ Losses = dict[str, Array]
 
 @struct.dataclass
 class Learner:
-    """What a gradient step changes, all on the training device."""
+    """The networks and the optimizer's state, all on the training device."""
 
     student: QFunction
-    player: QFunction  # the moving average of the student
+    ema_student: QFunction  # moving average of its weights; acts, is evaluated and saved
     target_network: QFunction
     optimizer_state: optax.OptState
 
@@ -480,8 +461,8 @@ class TrainState:
     online_seconds: float = 0.0
 
     @property
-    def player(self) -> QFunction:
-        return self.learner.player
+    def ema_student(self) -> QFunction:
+        return self.learner.ema_student
 
     @property
     def device(self) -> jax.Device:
@@ -492,8 +473,9 @@ def create_train_state(args: Args, num_actions: int, device: jax.Device) -> Trai
     network = StudentNetwork(num_actions, args.dense_width)
     params = jax.jit(network.init)(jax.random.key(args.seed), jnp.zeros((1, 4, 84, 84), jnp.uint8))
     student = QFunction(params, network)
-    player, target_network = (jax.tree.map(jnp.copy, student) for _ in range(2))
-    learner = Learner(student, player, target_network, optax.adam(args.learning_rate).init(student))
+    # Copies, as `update` frees what it is given.
+    ema_student, target_network = (jax.tree.map(jnp.copy, student) for _ in range(2))
+    learner = Learner(student, ema_student, target_network, optax.adam(args.learning_rate).init(student))
     replays = plan_replays(args, num_actions, JaxFrames, device)
     return TrainState(jax.device_put(learner, device), np.random.default_rng(args.seed), *replays)
 
@@ -521,12 +503,13 @@ def update(
         optimizer = optax.adam(learning_rate(args, jnp.minimum(distill_coeff, 1.0)), eps=args.adam_epsilon)
         updates, optimizer_state = optimizer.update(gradients, learner.optimizer_state)
         student = optax.apply_updates(learner.student, updates)
-        player = optax.incremental_update(student, learner.player, 1 - args.average_decay)
-        return learner.replace(student=student, player=player, optimizer_state=optimizer_state), losses
+        ema_student = optax.incremental_update(student, learner.ema_student, 1 - args.average_decay)
+        learner = learner.replace(student=student, ema_student=ema_student, optimizer_state=optimizer_state)
+        return learner, losses
 
     # On a CPU, convolutions in a loop are ten times slower; on a GPU, a loop of 1 or 2 steps costs more
-    # launches than it saves. Unrolled beyond its length, a scan is no loop.
-    unroll = 1 if jax.default_backend() != "cpu" and len(distill_coeffs) > 2 else len(distill_coeffs) + 1
+    # launches than it saves.
+    unroll = 1 if jax.default_backend() != "cpu" and len(distill_coeffs) > 2 else 0  # 0: no loop
     learner, losses = lax.scan(gradient_step, learner, (batches, distill_coeffs), unroll=unroll)
     return learner, {name: values[-1] for name, values in losses.items()}
 
@@ -565,14 +548,14 @@ def forward(networks: QFunction | Teacher | tuple, observations: Array) -> Array
 
 def compute_q_values(networks: QFunction | Teacher | tuple, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions), or (k, …) for k networks, of observations uint8 (n, 4, 84, 84)."""
-    q_values = forward(networks, jax.device_put(padded(observations)))
+    q_values = forward(networks, jax.device_put(padded(observations)))  # to 2^k: each size is compiled
     return jax.device_get(q_values)[..., : len(observations), :]
 
 
 # ------------------------------------------------------------------------------------------------ phases
 
 
-def explore(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
+def epsilon_greedy(rng: np.random.Generator, epsilon: ArrayLike, q_values: np.ndarray) -> np.ndarray:
     """ε-greedy actions int64 (n,) from Q-values (n, num_actions); ε is a scalar or one per environment."""
     random_actions = rng.integers(q_values.shape[1], size=len(q_values))
     return np.where(rng.random(len(q_values)) < epsilon, random_actions, q_values.argmax(axis=1))
@@ -599,8 +582,9 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
             q_values = compute_q_values(teacher, envs.observations)
             steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
+            # With a sampling temperature, plus Gumbel noise: their argmax is then a sample of the policy.
             preferences = acting_values(state.rng, q_values, teacher.sampling_temperature)
-            actions = explore(state.rng, epsilon, preferences)
+            actions = epsilon_greedy(state.rng, epsilon, preferences)
             envs.step_async(actions)
             state.teacher_replay.add(actions, envs.step_wait(), q_values)
             state.teacher_step += args.num_envs
@@ -609,7 +593,8 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
 
 def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str, step: int) -> float:
     """The student's mean return at the plotted step `step`, with ε = `end_e`."""
-    returns = run.play(f"{name}-{step}", partial(compute_q_values, state.player), args.eval_episodes, step)
+    q_values = partial(compute_q_values, state.ema_student)
+    returns = run.play(f"{name}-{step}", q_values, args.eval_episodes, step)
     mean_return = float(np.mean(returns))
     run.plot({f"charts/{name}/avg_episodic_return": mean_return}, step)
     run.say(f"{name}, step {step:,}: mean return {mean_return:.2f}")
@@ -619,18 +604,16 @@ def evaluate_student(args: Args, state: TrainState, run: TrainingRun, name: str,
 
 def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
     """Phase 2: the student learns from the teacher's replay, with λ = 1."""
-    with run.progress("offline", state.offline_step, args.offline_steps, "updates") as progress:
+    with run.progress("offline", state.offline_step, args.offline_steps, "gradient steps") as progress:
         while state.evaluated_step < args.offline_steps:
             run.checkpoint()
-            is_end = state.offline_step == args.offline_steps
-            is_due = is_end or state.offline_step % args.offline_eval_frequency == 0
-            if is_due and state.offline_step > state.evaluated_step:
-                run.save_model(state.player, "-offline")
+            next_evaluation = min(state.evaluated_step + args.offline_eval_frequency, args.offline_steps)
+            if state.offline_step == next_evaluation:
+                run.save_model(state.ema_student, "-offline")
                 evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
-            frequencies = (LOSS_INTERVAL, args.target_network_frequency, args.offline_eval_frequency)
-            steps_left = (every - state.offline_step % every for every in (*frequencies, args.offline_steps))
-            num_steps = min(steps_per_call(state), *steps_left)
+            steps_left = (n - state.offline_step % n for n in (LOSS_INTERVAL, args.target_network_frequency))
+            num_steps = min(steps_per_call(state), next_evaluation - state.offline_step, *steps_left)
             losses = learn(args, state, state.teacher_replay, [1.0] * num_steps)
             state.offline_step += num_steps
             progress.update(num_steps)
@@ -672,14 +655,14 @@ def train_online(args: Args, state: TrainState, teacher: Teacher, run: TrainingR
                 run.keep_if_best(evaluate_student(args, state, run, "online", plotted_step))
                 start_time = time.monotonic() - state.online_seconds
                 continue
-            q_values, teacher_q_values = compute_q_values((state.player, teacher), envs.observations)
+            q_values, teacher_q_values = compute_q_values((state.ema_student, teacher), envs.observations)
             epsilon = online_epsilon(args, state.online_step + np.arange(args.num_envs))
-            actions = explore(state.rng, epsilon, q_values)
+            actions = epsilon_greedy(state.rng, epsilon, q_values)
             envs.step_async(actions)
             learn_online(args, state, run)  # while the games step
-            step = envs.step_wait()
-            state.student_replay.add(actions, step, teacher_q_values)
-            for game in step.finished_games:
+            result = envs.step_wait()
+            state.student_replay.add(actions, result, teacher_q_values)
+            for game in result.finished_games:
                 run.plot_game(game, plotted_step + game.env_index + 1)
                 state.recent_returns = [*state.recent_returns, game.episodic_return][-RECENT_GAMES:]
             state.online_step += args.num_envs
@@ -729,20 +712,22 @@ def main(args: Args) -> None:
     state = create_train_state(args, num_actions, device)
     teacher = load_teacher(args, num_actions, device)
 
-    with TrainingRun(args, Path(__file__), state, make_env, model="player", teacher=teacher) as run:
+    with TrainingRun(args, Path(__file__), state, make_env, model="ema_student", teacher=teacher) as run:
         if state.teacher_return is None:
-            run.say(f"(1) the teacher plays {args.teacher_eval_episodes} games, then fills its replay buffer")
+            run.say(f"the teacher plays {args.teacher_eval_episodes} games")
             evaluate_teacher(args, state, teacher, run)
         check_teacher_return(args.env_id, args.return_normalization, state.teacher_return)
         if state.phase == "teacher":
-            if args.teacher_replay_path:
+            if args.teacher_replay_path and args.offline_steps:
                 load_replay(args, state.teacher_replay, partial(compute_q_values, teacher), run.checkpoint)
             elif args.offline_steps:
+                run.say("(1) the teacher fills its replay buffer")
                 fill_teacher_replay(args, state, teacher, run)
             state.phase = "offline"
 
         if state.phase == "offline":
-            run.say("(2) the student learns offline from that buffer")
+            if args.offline_steps:
+                run.say("(2) the student learns offline from that buffer")
             train_offline(args, state, run)
             run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, args.offline_steps)
             state.teacher_replay.free()  # the student's takes over its frames
@@ -750,10 +735,10 @@ def main(args: Args) -> None:
 
         run.say("(3) the student plays and learns online")
         train_online(args, state, teacher, run)
-        run.save_model(state.player)
+        run.save_model(state.ema_student)
         end = args.offline_steps + state.online_step
-        run.finish(run.play("final", partial(compute_q_values, state.player), args.eval_episodes, end))
         run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
+        run.finish(run.play("final", partial(compute_q_values, state.ema_student), args.eval_episodes, end))
 
 
 if __name__ == "__main__":

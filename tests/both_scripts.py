@@ -58,7 +58,7 @@ def trained_field(state: Any) -> str:
 
 
 def network(state: Any, role: str = "trained") -> Any:
-    """The "trained" network of a state, its "target" network, or the "player" of QDagger's."""
+    """The "trained" network of a state, its "target" network, or the "ema_student" of QDagger's."""
     field = {"trained": trained_field(state), "target": "target_network"}.get(role, role)
     return getattr(getattr(state, "learner", state), field)
 

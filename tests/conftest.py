@@ -19,7 +19,7 @@ for name in list(os.environ):
 # What is exact, or takes no time, is so on a CPU.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 
-# Before any test module imports PyTorch: see the training script.
+# Before any test module imports PyTorch: see `prepare_command`.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # What one JAX process compiled, the next one reads: most of a short run's time. Gone with the session, unless

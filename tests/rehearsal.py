@@ -279,22 +279,22 @@ def rehearse(
     """
     args = rehearsal_args(script, num_envs, **options)
     epsilons: list[float] = []
-    explore = script.explore
+    epsilon_greedy = script.epsilon_greedy
 
-    def recording_explore(rng: np.random.Generator, epsilon: Any, q_values: np.ndarray) -> np.ndarray:
+    def recording_epsilon_greedy(rng: np.random.Generator, epsilon: Any, q_values: np.ndarray) -> np.ndarray:
         epsilons.extend(np.broadcast_to(epsilon, len(q_values)))
-        return explore(rng, epsilon, q_values)
+        return epsilon_greedy(rng, epsilon, q_values)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_network(monkeypatch, script, "linear" if start else "number")
-        monkeypatch.setattr(script, "explore", recording_explore)
+        monkeypatch.setattr(script, "epsilon_greedy", recording_epsilon_greedy)
         monkeypatch.setattr(script, "LOSS_INTERVAL", loss_interval)
         if steps_per_call:
             monkeypatch.setattr(script, "steps_per_call", lambda state: steps_per_call)
         state, run = create_state(script, args), NoRun(make_games)
         if start:
             set_weights(state, start)
-            for role in ("target", "player")[: 1 + is_qdagger(script)]:
+            for role in ("target", "ema_student")[: 1 + is_qdagger(script)]:
                 set_weights(state, start, role)
         teacher_epsilon, teacher_actions = [], []
         if is_qdagger(script):

@@ -160,16 +160,16 @@ OPTIONS = {"learning_rate": LEARNING_RATE, "temperature": 0.5, "average_decay": 
 
 def make_state(script: ModuleType) -> Any:
     """The same student, average and target network in both scripts, three different ones."""
-    student, player, target_network = (
+    student, ema_student, target_network = (
         make_network(script, "StudentNetwork", make_weights("StudentNetwork", seed)) for seed in (1, 3, 2)
     )
     replays = None, None
     if uses_torch(script):
         optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-        for averaged in (player, target_network):
+        for averaged in (ema_student, target_network):
             averaged.requires_grad_(False)
-        return script.TrainState(student, player, target_network, optimizer, None, *replays)
-    learner = script.Learner(student, player, target_network, optax.adam(LEARNING_RATE).init(student))
+        return script.TrainState(student, ema_student, target_network, optimizer, None, *replays)
+    learner = script.Learner(student, ema_student, target_network, optax.adam(LEARNING_RATE).init(student))
     return script.TrainState(jax.device_put(learner, device_of(script)), None, *replays)
 
 
@@ -375,7 +375,7 @@ def test_gradient_steps_and_target_updates_are_equal(torch_pads_like_flax, dtype
                 script.update_target_network(state, tau=0.5)
     movement = concatenate_differences(weights_in_torchs_layout(states[0]), before)
     assert np.abs(movement).max() > 5 * LEARNING_RATE
-    for role in ("trained", "target", "player"):
+    for role in ("trained", "target", "ema_student"):
         in_torch, in_jax = (weights_in_torchs_layout(state, role) for state in states)
         # Measured: 3e-10 steps of Adam. That is every parameter, however small its gradient.
         assert np.abs(concatenate_differences(in_torch, in_jax)).max() < 1e-7 * LEARNING_RATE

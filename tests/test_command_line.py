@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from both_scripts import ROOT, run_python
 
+from cleanrl.dqn_atari import Args as DQNArgs
 from cleanrl.qdagger_dqn_atari_impalacnn import Args as QDaggerArgs
 from cleanrl.utils import bounds
 from cleanrl.utils.bounds import shown
@@ -194,14 +195,18 @@ def test_a_checkpoints_good_options_are_taken(options, monkeypatch):
 
 
 def test_what_is_only_odd_gets_a_warning(capsys):
-    check_arguments(QDaggerArgs(total_timesteps=104, learning_starts=100))  # one gradient step
+    check_arguments(
+        QDaggerArgs(total_timesteps=104, learning_starts=100, exploration_steps=8)
+    )  # one gradient step
     assert capsys.readouterr().err == ""
     for options, first_step in [
         ({"learning_starts": 104}, 108),
         ({"train_frequency": 200}, 200),
         ({"n_step": 14, "train_frequency": 1, "teacher_steps": 112}, 105),
     ]:
-        check_arguments(QDaggerArgs(**{"total_timesteps": 104, "learning_starts": 0} | options))
+        check_arguments(
+            QDaggerArgs(**{"total_timesteps": 104, "learning_starts": 0, "exploration_steps": 8} | options)
+        )
         warning = capsys.readouterr().err
         assert warning.startswith("warning: nothing will be learned from the 104 environment steps of ")
         assert warning.endswith(f" the first gradient step would come at step {first_step}\n")
@@ -209,6 +214,17 @@ def test_what_is_only_odd_gets_a_warning(capsys):
     assert (
         "--total-timesteps 1500 is rounded up to 1504, a multiple of --num-envs 8" in capsys.readouterr().err
     )
+    for script_args, warnings in [
+        (QDaggerArgs(total_timesteps=5_000_000), 1),  # as long as the offline phase
+        (QDaggerArgs(total_timesteps=5_000_000, exploration_steps=8), 0),
+        (QDaggerArgs(total_timesteps=5_000_000, exploration_fraction=0.0), 0),  # as wished
+        (QDaggerArgs(total_timesteps=5_000_080), 0),
+        (DQNArgs(total_timesteps=5_000_000), 0),
+    ]:
+        check_arguments(script_args)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == warnings
+        assert all(line.startswith("warning: the student plays with --end-e 0.01 from its") for line in lines)
     check_arguments(QDaggerArgs(num_envs=8))
     assert capsys.readouterr().err == ""
 

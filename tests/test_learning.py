@@ -138,7 +138,7 @@ def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, opti
     set_weights(state, linear_weights(script, *start))
     set_weights(state, linear_weights(script, *target), "target")
     if is_qdagger(script):
-        set_weights(state, linear_weights(script, *start), "player")
+        set_weights(state, linear_weights(script, *start), "ema_student")
     reference = Reference(start, target, args)
     for coefficients in ([1.0, 0.4], [0.0, 0.7]):
         batches = [random_batch(rng, 8, is_qdagger(script)) for _ in coefficients]
@@ -151,7 +151,7 @@ def test_gradient_steps_are_adam_steps_down_the_losses(script, monkeypatch, opti
         for name in learned:
             np.testing.assert_allclose(learned[name], expected[name], atol=2e-5)
         if is_qdagger(script):
-            averaged = weights(network(state, "player"))
+            averaged = weights(network(state, "ema_student"))
             for name, array in linear_weights(script, *reference.average).items():
                 np.testing.assert_allclose(averaged[name], array, atol=2e-5)
                 assert options == AVERAGED or np.array_equal(averaged[name], learned[name])
@@ -164,7 +164,7 @@ def test_all_networks_start_alike(script, monkeypatch):
     use_network(monkeypatch, script, "linear")
     state = create_state(script, script.Args())
     trained = weights(network(state))
-    for role in ("target", "player")[: 1 + is_qdagger(script)]:
+    for role in ("target", "ema_student")[: 1 + is_qdagger(script)]:
         copy = weights(network(state, role))
         assert trained.keys() == copy.keys()
         assert all(np.array_equal(trained[name], copy[name]) for name in trained)
@@ -190,7 +190,7 @@ def test_only_the_learning_network_drops_units():
     args = TORCH.Args(teacher_model_path=PONG_TEACHER)
     state = create_state(TORCH, args)
     assert state.student.training
-    for other in (state.player, state.target_network, TORCH.load_teacher(args, 6, state.device)):
+    for other in (state.ema_student, state.target_network, TORCH.load_teacher(args, 6, state.device)):
         assert not any(module.training for module in other.modules())
 
 

@@ -197,7 +197,6 @@ def test_the_learning_rate_falls_with_the_distillation_coefficient(qdagger, opti
         ({}, {0: 0.505, 500_000: 0.01, 9_000_000: 0.01}),
         ({"offline_steps": 0}, {0: 1.0, 500_000: 0.505, 1_000_000: 0.01, 9_000_000: 0.01}),
         ({"exploration_steps": 50_000}, {0: 1.0, 25_000: 0.505, 50_000: 0.01, 9_000_000: 0.01}),
-        ({"exploration_steps": 0}, {1: 0.01}),
     ],
 )
 def test_epsilon_falls_online(qdagger, options, epsilon_of_steps):
@@ -220,7 +219,7 @@ def test_greedy_actions_are_the_first_of_the_best(script):
     q_values[:3] = [[0] * ACTIONS, [-np.inf, -1, -1, -2, -1, -3], [1, 2, 3, 3, 2, 3]]
     expected = [list(row).index(max(row)) for row in q_values]
     assert expected[:3] == [0, 1, 2]
-    assert script.explore(np.random.default_rng(0), 0.0, q_values).tolist() == expected
+    assert script.epsilon_greedy(np.random.default_rng(0), 0.0, q_values).tolist() == expected
 
 
 CHI_SQUARE_5_DOF = 20.5  # exceeded with probability 0.001; the seeds are fixed
@@ -230,7 +229,7 @@ CHI_SQUARE_5_DOF = 20.5  # exceeded with probability 0.001; the seeds are fixed
 def test_random_actions_are_uniform_whatever_else_was_drawn(script, epsilon):
     n, greedy_action = 60_000, 2
     q_values = np.tile(np.eye(ACTIONS, dtype=np.float32)[greedy_action], (n, 1))
-    actions = script.explore(np.random.default_rng(1), epsilon, q_values)
+    actions = script.epsilon_greedy(np.random.default_rng(1), epsilon, q_values)
     expected = np.full(ACTIONS, epsilon * n / ACTIONS)
     expected[greedy_action] += (1 - epsilon) * n
     counts = np.bincount(actions, minlength=ACTIONS)

@@ -74,7 +74,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_model(
         losses = learn(args, state, *others)
         if state.gradient_steps >= first_bad:
             broken = {name: array * np.nan for name, array in weights(network(state)).items()}
-            for role in ("trained", "player")[: 1 + is_qdagger(script)]:
+            for role in ("trained", "ema_student")[: 1 + is_qdagger(script)]:
                 set_weights(state, broken, role)
             if number and not models:  # a second signal would end the process at once
                 signal.raise_signal(number)

@@ -157,10 +157,10 @@ def test_the_moving_average_plays_is_evaluated_and_saved(script):
 
 def test_each_environment_explores_with_its_own_epsilon():
     q_values = np.eye(6, dtype=np.float32)[[4] * 1000]
-    actions = TORCH.explore(np.random.default_rng(0), np.repeat([0.0, 1.0], 500), q_values)
+    actions = TORCH.epsilon_greedy(np.random.default_rng(0), np.repeat([0.0, 1.0], 500), q_values)
     assert (actions[:500] == 4).all()
     assert np.bincount(actions[500:], minlength=6).min() > 50
-    half = TORCH.explore(np.random.default_rng(0), np.full(1000, 0.5), q_values)
+    half = TORCH.epsilon_greedy(np.random.default_rng(0), np.full(1000, 0.5), q_values)
     assert np.mean(half == 4) == pytest.approx(1 / 2 + 1 / 12, abs=0.05)
 
 

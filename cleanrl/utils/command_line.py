@@ -208,6 +208,13 @@ def check_arguments(args: Args) -> Args:
             f" with --learning-starts {args.learning_starts} and --train-frequency {args.train_frequency} the"
             f" first gradient step would come at step {first_step}"
         )
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    if 0 < exploration_steps <= getattr(args, "offline_steps", 0) and args.exploration_steps is None:
+        warn(
+            f"the student plays with --end-e {args.end_e} from its first step on: --exploration-fraction"
+            f" {args.exploration_fraction} of --total-timesteps {args.total_timesteps} is over within the"
+            f" {args.offline_steps} steps of the offline phase; use --exploration-steps for more exploration"
+        )
     return args
 
 

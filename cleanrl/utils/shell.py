@@ -21,6 +21,8 @@ def prepare_command() -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, interrupt)
+    # By default PyTorch's threads busy-wait so long that they take the cores from the environments' workers.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
 
 

@@ -17,7 +17,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, nn
 
-# After PyTorch: the script shortens the spinning of PyTorch's threads, which costs speed on an idle machine.
 from cleanrl.qdagger_dqn_atari_impalacnn import (
     LOSS_INTERVAL,
     Args,

@@ -90,9 +90,9 @@ class RunOptions:
     env_id: str = "BreakoutNoFrameskip-v4"
     """the game, as {Game}NoFrameskip-v4"""
     repeat_action_probability: Fraction = 0.0
-    """sticky actions: probability that the game repeats the previous action (the paper: 0.25)"""
+    """sticky actions: probability that the game repeats the previous action (Agarwal et al., 2022: 0.25)"""
     num_envs: Annotated[int, Bounds(1, 1024)] = 8  # whose states fit into a checkpoint
-    """environments that step in parallel; all step counts below are totals over all of them"""
+    """environments that step in parallel; counts of environment steps are totals over all of them"""
 
 
 @dataclass
@@ -101,15 +101,17 @@ class TeacherOptions(RunOptions):
 
     # run
     preset: Literal["quick", "paper"] | None = None
-    """other defaults; quick: for a first run on two CPU cores, paper: the paper's settings"""
+    """other defaults; quick: Pong, 15 to 30 minutes on two CPU cores; paper: the paper's settings"""
 
     # teacher
+    teacher_model_exp_name: str = "dqn_atari"
+    """the experiment that trained the teacher: part of its repository and file name on the Hub"""
     teacher_policy_hf_repo: str | None = None
     """the teacher's repository on the Hub (default: cleanrl/{env_id}-{teacher_model_exp_name}-seed1)"""
     teacher_hf_file: str | None = None
     """the teacher's file there (default: {teacher_model_exp_name}.cleanrl_model, or the only agent there)"""
     teacher_revision: str | None = None
-    """branch, tag or commit of that repository"""
+    """branch, tag or commit of that repository (default: main)"""
     teacher_model_path: Path | None = None
     """load the teacher from this file (torch, flax, safetensors or Stable-Baselines3 zip) instead"""
     teacher_acts: Literal["auto", "argmax", "sample"] = "auto"
