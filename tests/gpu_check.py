@@ -386,7 +386,7 @@ def parts_of(device: str) -> dict[str, Part]:
             ("jax", 16, ("online",), 80),
             ("baseline", 8, ("fill", "offline", "online"), 60),
             ("torch", 32, ("online",), 40),
-            ("jax", 32, ("online",), 80),
+            ("jax-autotuned", 8, ("offline",), 80),
         ]
     }
     gradient_steps = {

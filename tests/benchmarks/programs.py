@@ -1,6 +1,6 @@
 """What is measured, the baseline and both scripts, behind the same few requests; and the machine's limits.
 
-python tests/benchmarks/programs.py {baseline,torch,torch-eager,jax,limits} {cpu,cuda} NUM_ENVS
+python tests/benchmarks/programs.py {baseline,torch,torch-eager,jax,jax-autotuned,limits} {cpu,cuda} NUM_ENVS
 
 Each program is a process of its own, as PyTorch and JAX would take the cores from each other. It says "ready"
 once the teacher has made its first step, then answers requests on standard input, lines of `NAME AMOUNT…`,
@@ -42,7 +42,8 @@ class Program:
     """A process with one of the programs; a context manager that ends it.
 
     Args:
-        name: baseline, torch, torch-eager (without CUDA graphs), jax or limits.
+        name: baseline, torch, torch-eager (without CUDA graphs), jax, jax-autotuned (the fastest algorithms,
+            not deterministic ones) or limits.
         device: cpu or cuda.
         num_envs: environments of a script.
     """
@@ -81,7 +82,7 @@ class Program:
         self.process.wait()
 
 
-def create_args(script: Any, device: str, num_envs: int, cuda_graphs: bool = True) -> Any:
+def create_args(script: Any, device: str, num_envs: int, **options: Any) -> Any:
     """The settings that are measured: the script's defaults, learning from the first online step on."""
     return script.Args(
         env_id=ENV_ID,
@@ -91,9 +92,9 @@ def create_args(script: Any, device: str, num_envs: int, cuda_graphs: bool = Tru
         learning_starts=0,
         offline_eval_frequency=10**9,
         cuda=device == "cuda",
-        cuda_graphs=cuda_graphs,
         save_model=False,
         checkpoint_interval=0,
+        **options,
     )
 
 
@@ -103,14 +104,14 @@ class ScriptPhases(ExitStack):
     What the two frameworks need done differently is in the classes below.
     """
 
-    def __init__(self, script_name: str, device: str, num_envs: int, cuda_graphs: bool = True):
+    def __init__(self, script_name: str, device: str, num_envs: int, **options: Any):
         super().__init__()
         from cleanrl.utils.games.parallel_envs import ParallelEnvs
         from cleanrl.utils.shell import prepare_command
 
         prepare_command()  # as a script does when it is started
         self.script = importlib.import_module(f"cleanrl.{script_name}")
-        self.args = create_args(self.script, device, num_envs, cuda_graphs)
+        self.args = create_args(self.script, device, num_envs, **options)
         learn = self.script.learn
         # Phases are of different lengths; other options would be compiled for, or captured, once more.
         self.script.learn = lambda args, *others: learn(self.args, *others)
@@ -445,6 +446,9 @@ def serve(name: str, device: str, num_envs: int) -> None:
             TorchPhases, "qdagger_dqn_atari_impalacnn", device, num_envs, cuda_graphs=False
         ),
         "jax": partial(JaxPhases, "qdagger_dqn_atari_jax_impalacnn", device, num_envs),
+        "jax-autotuned": partial(
+            JaxPhases, "qdagger_dqn_atari_jax_impalacnn", device, num_envs, torch_deterministic=False
+        ),
         "limits": partial(Limits, device),
     }
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch), ExitStack() as resources:
