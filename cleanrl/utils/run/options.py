@@ -101,7 +101,7 @@ class TeacherOptions(RunOptions):
 
     # run
     preset: Literal["quick", "paper"] | None = None
-    """other defaults; quick: Pong, 15 to 30 minutes on two CPU cores; paper: the paper's settings"""
+    """other defaults; quick: Pong, 10 to 30 minutes on two CPU cores; paper: the paper's settings"""
 
     # teacher
     teacher_model_exp_name: str = "dqn_atari"
