@@ -177,10 +177,12 @@ class ScriptPhases(ExitStack):
                 replay.add(actions, step, q_values)
             self.wait_for(replay.frames.frames)
 
+        gather = self.compiled(lambda frames, *stacks: [frames[of_batch] for of_batch in stacks])
+
         def sample(number: int) -> None:
             for _ in range(number):
                 frames, batch = replay.frames.place(replay.sample(self.args.batch_size, rng), self.device)
-                self.wait_for((frames[batch.stacks], frames[batch.next_stacks]))
+                self.wait_for(gather(frames, batch.stacks, batch.next_stacks))
 
         add(stored // num_envs)
         add_s = seconds_of(lambda: add(ADDS))
@@ -196,6 +198,9 @@ class ScriptPhases(ExitStack):
 
 
 class TorchPhases(ScriptPhases):
+    def compiled(self, function: Callable) -> Callable:
+        return function
+
     @property
     def frames_type(self) -> type:
         return self.script.TorchFrames
@@ -240,6 +245,11 @@ class TorchPhases(ScriptPhases):
 
 
 class JaxPhases(ScriptPhases):
+    def compiled(self, function: Callable) -> Callable:
+        import jax
+
+        return jax.jit(function)
+
     @property
     def frames_type(self) -> type:
         return self.script.JaxFrames
