@@ -706,8 +706,8 @@ def main(args: Args) -> None:
         train_online(args, state, teacher, run)
         run.save_model(state.ema_student)
         end = args.offline_steps + state.online_step
-        run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
         run.finish(run.play("final", partial(compute_q_values, state.ema_student), args.eval_episodes, end))
+        run.plot({"charts/teacher/avg_episodic_return": state.teacher_return}, end)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ TEACHER_FAULTS = {
 def test_a_teacher_that_cannot_be_used_is_refused(refusal, tmp_path, fault):
     write, words = TEACHER_FAULTS[fault]
     write(tmp_path / "teacher")
-    line = refusal((TORCH, JAX), *PONG, "--teacher-model-path", "teacher")
+    line = refusal((TORCH, JAX), *PONG, *TEACHER, "--teacher-model-path", "teacher")
     assert line.startswith("error: teacher")
     assert words in line
 
