@@ -4,6 +4,7 @@ What is refused: test_replay_refusals.py.
 """
 
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -216,6 +217,14 @@ def test_qdagger_trains_offline_on_the_replay_without_the_teacher_playing_and_wi
     for tag in ("charts/offline/loss", "charts/offline/q_loss", "charts/offline/distill_loss", "losses/loss"):
         assert curves[tag]
         assert np.isfinite(curves[tag]).all()
+
+
+def test_without_an_offline_phase_no_replay_is_loaded_and_no_such_phase_announced(
+    qdagger, pong, train, monkeypatch, capsys
+):
+    monkeypatch.setattr(qdagger, "load_replay", mock.Mock(side_effect=AssertionError("it was loaded")))
+    train(qdagger, teacher_replay_path=pong, offline_steps=0)
+    assert re.findall(r"^\((\d)\) ", capsys.readouterr().out, re.MULTILINE) == ["3"]
 
 
 @pytest.fixture
