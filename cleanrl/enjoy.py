@@ -251,6 +251,8 @@ def main(args: Args) -> None:
         raise SystemExit("error: --json and --video-folder cannot be combined")
     path, env_id = find_agent(args)
     player = load_player(args, path, env_id)
+    if args.json and path and args.json.exists() and args.json.samefile(path):
+        refuse("json", args.json, "is the agent's own file; name another")
     if args.json or args.video_folder:
         check_output(args)
     try:

@@ -260,6 +260,7 @@ def test_a_game_with_lives_is_played_until_it_is_over():
         ({"agent": f"{PONG}{'x' * 5000}"}, f"error: {PONG}xxx"),
         ({"agent": f"me/{'x' * 5000}"}, "error: me/xxx"),
         ({"json": TEACHER / "x.json"}, f"error: --json {TEACHER / 'x.json'} cannot be created ("),
+        ({"json": TEACHER}, f"error: --json {TEACHER} is the agent's own file; name another"),
         ({"json": TEACHER.parent}, f"error: --json {TEACHER.parent} is not a file; name another"),
         ({"json": Path("/dev/null")}, "error: --json /dev/null is not a file; name another"),
         (

@@ -108,6 +108,14 @@ def test_an_endpoint_that_is_no_address_is_refused_in_a_line_that_does_not_show_
     assert (outcome.status, outcome.out, outcome.err) == (1, "", line)
 
 
+@pytest.mark.parametrize("value", ["abc", "1.5", "-5", "0"])
+@pytest.mark.parametrize("name", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+def test_a_time_limit_that_is_no_number_of_seconds_is_refused(name, value, tmp_path):
+    outcome = run_download("http://127.0.0.1:9", tmp_path, **{name: value})
+    line = f"error: {name} is not a whole number of seconds; correct or unset it\n"
+    assert (outcome.status, outcome.out, outcome.err) == (1, "", line)
+
+
 @pytest.mark.parametrize("endpoint", ["http://alice:secret@hub.invalid", None])
 def test_a_password_in_the_endpoint_is_not_shown(endpoint, tmp_path):
     with HubServer(CONTENT, "server_error") as server:

@@ -320,3 +320,12 @@ def test_what_nobody_could_read_is_not_written(tmp_path, monkeypatch):
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(DamagedError, match=r"^manifest.json cannot be read"):
         read_manifest(tmp_path / "manifest.json")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_bytes(b"kept")
+    (tmp_path / "file.partial").symlink_to(tmp_path / "precious")
+    write_durably(tmp_path / "file", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"kept"
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not (tmp_path / "file").is_symlink()

@@ -409,9 +409,28 @@ def test_the_line_of_bad_weights_names_what_was_recognised(name, kind, script, s
     assert f" was taken for weights of {name}, but" in line(tensors | {"extra.bias": torch.zeros(3)})
 
 
+@pytest.mark.parametrize("last", [torch.tensor(1.0), torch.zeros(1200, dtype=torch.int8)])
+def test_quantiles_of_another_shape_or_type_are_refused(last, saved, tmp_path):
+    tensors = policy_of(saved("QR-DQN of its contrib").path)
+    name = max(name for name in tensors if name.startswith("quantile_net.") and name.endswith(".bias"))
+    torch.save(tensors | {name: last}, tmp_path / "bad")
+    assert "weights of QR-DQN, but the architecture differs (network.9.bias is" in refusal(
+        TORCH, tmp_path / "bad"
+    )
+
+
 @pytest.mark.parametrize(
     "atoms",
-    [np.zeros(51), np.linspace(10, -10, 51), np.full(51, np.nan), np.zeros((51, 1)), np.zeros(0), np.ones(1)],
+    [
+        np.arange(51),
+        np.linspace(-10, 10, 51) + 0j,
+        np.zeros(51),
+        np.linspace(10, -10, 51),
+        np.full(51, np.nan),
+        np.zeros((51, 1)),
+        np.zeros(0),
+        np.ones(1),
+    ],
 )
 def test_atoms_that_are_none(atoms, saved, tmp_path):
     weights = {name: torch.from_numpy(array) for name, array in read_weights(saved("C51").path).items()}

@@ -206,6 +206,8 @@ REFUSALS = {
     ),
     "reader": (None, ["--hf-entity", "museum"], {}, "may not write to --hf-entity museum; use one of"),
     "bad_name": (None, ["--exp-name", "a b"], {}, "PongNoFrameskip-v4-a b-seed3 is not a valid repo name"),
+    "no_hub": (set_account(orgs=[{}]), [], {}, "does not answer like the Hub; check HF_ENDPOINT"),
+    "no_orgs": (set_account(orgs=None), ["--hf-entity", "lab"], {}, "use one of alice$"),
     "offline": (None, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it"),
     "down": (set_failure("whoami", "server_error"), [], {}, "answered with error 503; try again later"),
     "silent": (set_failure("whoami", "silent"), [], SHORT, "stopped answering"),

@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -29,7 +30,8 @@ from flax.serialization import msgpack_serialize, to_bytes
 from safetensors.torch import save_file
 
 from cleanrl.utils.bounds import shown
-from cleanrl.utils.weights.files import MOST_BYTES, MOST_NUMBERS, MOST_RECORDS, read_weights, save_weights
+from cleanrl.utils.weights.archives import MOST_BYTES, MOST_RECORDS
+from cleanrl.utils.weights.files import MOST_NUMBERS, read_weights, save_weights
 from cleanrl.utils.weights.layouts import flatten, unflatten
 
 ROOT = Path(__file__).parent.parent
@@ -332,9 +334,9 @@ def test_a_shape_that_no_array_has_is_refused(shape, tmp_path, capfd):
     assert "not a safetensors file" in refusal(tmp_path / "file", capfd)
 
 
-def zip_of(*files: tuple[str, bytes]) -> bytes:
+def zip_of(*files: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+    with zipfile.ZipFile(archive, "w", method) as writer:
         for name, content in files:
             writer.writestr(name, content)
     return archive.getvalue()
@@ -350,6 +352,7 @@ def decoys() -> bytes:
 
 
 LISTS = b"\x80\x02" + b"]" * 200_000 + b"."
+VERSION, MACHINE = pickle.dumps(1001, protocol=2), pickle.dumps({"little_endian": True}, protocol=2)
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of torch before 1.6 begin
 
 
@@ -383,7 +386,11 @@ def sparse_safetensors(count: int) -> bytes:
         (lambda: LISTS, 0),
         (lambda: MAGIC + LISTS, 0),
         (lambda: MAGIC + LISTS + zip_of(("data.pkl", b"")), 0),
+        (lambda: zip_of(("a/a.pkl", b"\xff"), ("a/data.pkl", LISTS)), 0),
+        (lambda: zip_of(*((f"a/{index}.pkl", b"N.") for index in range(5)), ("a/data.pkl", LISTS)), 0),
+        (lambda: zip_of(("policy.pth", b""), method=zipfile.ZIP_BZIP2), 0),
         (lambda: msgpack.packb({"a": [[[]] * 100] * 100}), 0),
+        (lambda: msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[[]] * 100] * 100))}), 0),
         (many_tensors, 0),
         (partial(sparse_safetensors, 10**11), 2 * 10**11),
         (
@@ -404,7 +411,11 @@ def sparse_safetensors(count: int) -> bytes:
         "lists in a bare pickle",
         "lists in an old file",
         "lists before an archive",
+        "lists behind what is no pickle",
+        "lists behind five pickles",
+        "a method without bounds",
         "lists in msgpack",
+        "lists in an array of msgpack",
         "tensors",
         "a sparse file",
         "half precision",
@@ -558,3 +569,49 @@ def test_a_file_that_cannot_be_replaced_stays(make, tmp_path, monkeypatch):
         save_weights(path, network)
     assert path.read_bytes() == b"saved before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def calls(function: str, *arguments: bytes) -> bytes:
+    """A pickle of what a function makes, of the few that torch lets a pickle call."""
+    return b"\x80\x02c" + function.replace(" ", "\n").encode() + b"\n(" + b"".join(arguments) + b"tR."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        calls("builtins bytearray", b"J" + (2**24).to_bytes(4, "little")),
+        calls("_codecs encode", b"X\x01\x00\x00\x00a", b"X\x06\x00\x00\x00latin1"),
+    ],
+)
+def test_a_pickle_that_asks_for_memory_without_having_a_tensor_is_refused(pickled, tmp_path, capfd):
+    for content in (
+        MAGIC + VERSION + MACHINE + pickled,
+        zip_of(("a/data.pkl", pickled), ("a/version", b"3")),
+    ):
+        (tmp_path / "file").write_bytes(content)
+        assert "it holds Python objects besides tensors" in refusal(tmp_path / "file", capfd)
+
+
+def test_a_record_of_a_zip_holds_no_more_than_it_says(tmp_path, capfd):
+    content = bytearray(zip_of(("policy.pth", bytes(10**7))))
+    for header, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = content.find(header) + offset
+        content[start : start + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "file").write_bytes(content)
+    tracemalloc.start()
+    refusal(tmp_path / "file", capfd)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+def test_torch_reads_the_records_that_were_checked(tmp_path):
+    """Of two with one name Python takes the last, torch the first."""
+    good = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, good)
+    with zipfile.ZipFile(good) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    (pickle_name,) = (name for name, _ in records if name.endswith(".pkl"))
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        (tmp_path / "file").write_bytes(zip_of((pickle_name, LISTS), *records))
+    np.testing.assert_array_equal(read_weights(tmp_path / "file")["a"], [1, 1])

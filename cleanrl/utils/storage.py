@@ -157,7 +157,8 @@ def write_durably(path: Path, data: bytes) -> None:
     """Writes a file that exists as a whole or not at all, even after a power failure."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # not through a link
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -34,6 +34,7 @@ def copy_sources(folder: Path, script: Path) -> None:
     """Copies what a run is made with into its folder: the script as it runs, and the packages' versions."""
     for path in (script, ROOT / "pyproject.toml", ROOT / "poetry.lock"):
         if path.exists():
+            (folder / path.name).unlink(missing_ok=True)  # nothing is written through a link
             shutil.copy(path, folder)
 
 

@@ -1,5 +1,6 @@
 """Finds and downloads one file on the Hugging Face Hub; failures come soon and say what to do."""
 
+import json
 import logging
 import re
 import threading
@@ -93,7 +94,9 @@ def _list_files(repo_id: str, revision: str | None) -> list[str]:
     """The files of a repo, or those in the cache if the Hub cannot be reached."""
     _check_revision(revision)
     try:
-        return [entry.rfilename for entry in HfApi().model_info(repo_id, revision=revision).siblings or ()]
+        return [
+            str(entry.rfilename) for entry in HfApi().model_info(repo_id, revision=revision).siblings or ()
+        ]
     except Exception:
         with suppress(LocalEntryNotFoundError):
             folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
@@ -122,7 +125,7 @@ def download(repo_id: str, filename: str, revision: str | None = None, advice: A
     try:
         path = ask_the_hub(work.fetch, silence_limit_s(), work.has_grown)
     except Exception as error:
-        _refuse(f"download {filename} from {repo_id}", error, repo_id, revision, advice)
+        _refuse(f"download {shown(filename)} from {repo_id}", error, repo_id, revision, advice)
     return Path(path)
 
 
@@ -301,8 +304,10 @@ def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
             return f"{endpoint} does not answer like the Hub ({error}); check HF_ENDPOINT, proxy and firewall"
         case OSError() if error.errno:
             return f"{error}; check the cache folder {constants.HF_HUB_CACHE} and its disk"
+        case json.JSONDecodeError():
+            return f"{endpoint} does not answer like the Hub ({error}); check HF_ENDPOINT, proxy and firewall"
         case ValueError():
-            return f"{error}; check the name of the file"
+            return f"{error}; check the name of the file, the proxy and the HF variables"
         case _ if "Timeout" in type(error).__name__:
             return (
                 f"{endpoint} stopped answering ({error}); check the connection and HF_ENDPOINT, and try again"

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, constants, get_token, whoami
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from cleanrl.utils.bounds import shown
 from cleanrl.utils.hub.card import read_card
 from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s, without_password
 from cleanrl.utils.shell import prepare_command
@@ -39,11 +40,18 @@ def check_upload(name: str, entity: str | None) -> str:
         account = ask_the_hub(whoami, silence_limit_s())
     except Exception as error:
         refuse_upload(_explain(error))
-    user = account["name"]
+    try:
+        user = shown(account["name"])
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+        organizations = [org for org in account.get("orgs") or [] if org.get("roleInOrg") != "read"]
+        writable = [user, *(shown(org["name"]) for org in organizations)]
+    except (AttributeError, KeyError, TypeError):
+        refuse_upload(
+            f"{constants.ENDPOINT} does not answer like the Hub; check HF_ENDPOINT, proxy and firewall"
+        )
     entity = entity or user
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if role == "read":
         refuse_upload(f"the token of {user} is read-only; set HF_TOKEN to one with write access")
-    writable = [user, *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")]
     if entity not in writable:
         refuse_upload(f"{user} may not write to --hf-entity {entity}; use one of {', '.join(writable)}")
     try:

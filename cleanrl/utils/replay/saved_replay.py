@@ -140,11 +140,11 @@ def open_replay(args: Any, num_actions: int) -> SavedReplay:
         if content.get("format") != FORMAT:
             raise DamagedError(f"{MANIFEST} does not describe a replay")
         if content.get("version") != VERSION:
-            raise DamagedError(f"{MANIFEST} has version {content.get('version')}, not {VERSION}")
+            raise DamagedError(f"{MANIFEST} has version {shown(content.get('version'))}, not {VERSION}")
         if (content["env_id"], content["num_actions"]) != (env_id, num_actions):
             raise DamagedError(
-                f"it is a replay of {shown(content['env_id'])} with {content['num_actions']} actions, not of"
-                f" {env_id} with {num_actions}"
+                f"it is a replay of {shown(content['env_id'])} with {shown(content['num_actions'])}"
+                f" actions, not of {env_id} with {num_actions}"
             )
         oldest, heads = check_range(content["oldest"], content["heads"])
         files = [FileEntry(*entry) for entry in content["files"]]

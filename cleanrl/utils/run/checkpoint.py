@@ -73,7 +73,7 @@ class Checkpoint:
         self.folder, self.name = manifest_path.parent, manifest_path.name
         content = read_manifest(manifest_path)
         if content.get("version") != VERSION:
-            raise OtherVersionError(f"{self.name} has version {content.get('version')}, not {VERSION}")
+            raise OtherVersionError(f"{self.name} has version {shown(content.get('version'))}, not {VERSION}")
         try:
             self.script: str = content["script"]
             self.options: dict[str, Any] = content["options"]
@@ -128,7 +128,7 @@ class Checkpoint:
             content = saved["state"]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedError("its state is not what it should be") from None
-        if saved.get("teacher", teacher) != teacher:
+        if str(saved.get("teacher", teacher)) != str(teacher):
             raise SystemExit(
                 f"error: --resume {self.folder.parent}: its teacher had other weights; name that teacher"
                 " with --teacher-model-path or --teacher-revision"

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cleanrl.utils.bounds import MOST_DENSE_WIDTH, Bounds, Fraction, Name, NonNegativeFloat, PositiveInt, Seed
+from cleanrl.utils.bounds import (
+    MOST_DENSE_WIDTH,
+    Bounds,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    shown,
+)
 
 DenseWidth = Annotated[int, Bounds(1, MOST_DENSE_WIDTH)]
 
@@ -45,7 +54,7 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
         is_new = name not in before  # the script has been edited
         if not (may_change or is_new) and value != before[name]:
             raise SystemExit(
-                f"error: --{name.replace('_', '-')} is {value}, but {folder} has {before[name]};"
+                f"error: --{name.replace('_', '-')} is {value}, but {folder} has {shown(before[name])};"
                 " leave the option out, or start again without --resume"
             )
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
-from cleanrl.utils.bounds import MOST, has_kind
+from cleanrl.utils.bounds import MOST, has_kind, shown
 from cleanrl.utils.replay.ring import ReplayBuffer
 from cleanrl.utils.storage import DamagedError, pack, unpack
 
@@ -75,7 +75,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     saved = dict(saved)
     torch_numbers = saved.pop(TORCH_NUMBERS, None)
     if differing := saved.keys() ^ vars(state).keys():
-        raise DamagedError(f"{other} {', '.join(sorted(differing))}")
+        raise DamagedError(f"{other} {', '.join(sorted(map(shown, differing)))}")
     kinds = {field.name: field.type for field in dataclasses.fields(state)}
     for name, content in saved.items():
         value = getattr(state, name)
@@ -83,7 +83,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
             is_sound = _can_be(content, name, kinds[name])
             if is_sound:
                 setattr(state, name, _restore(value, content))
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             raise DamagedError(f"{other} {name}") from None
         if not is_sound:
             raise DamagedError(f"its {name} cannot be that of a run")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cleanrl.utils.bounds import shown
+
 
 def summary(args: Any, folder: Path, num_games: int, mean_returns: Mapping[str, float]) -> str:
     """Its returns, and where its model and curves are.
@@ -20,7 +22,7 @@ def summary(args: Any, folder: Path, num_games: int, mean_returns: Mapping[str, 
     is_copy = hasattr(args, "teacher_steps") and not script.startswith("qdagger_dqn_atari_")
     option = f" --script {script}" if is_copy else ""  # its network may be another one
     *before, final = mean_returns.values()
-    others = ", ".join(f"{name} {mean:.2f}" for name, mean in zip(mean_returns, before, strict=False))
+    others = ", ".join(f"{shown(name)} {mean:.2f}" for name, mean in zip(mean_returns, before, strict=False))
     lines = [f"final evaluation: mean return {final:.2f} over {num_games} games{others and f' ({others})'}"]
     if args.save_model:
         lines += [

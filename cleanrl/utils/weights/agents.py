@@ -101,7 +101,7 @@ class Agent:
         match self.weights.get("params/Dense_0/kernel" if self.is_flax else "network.5.weight"):
             case np.ndarray(shape=(inputs, units)):
                 width = units if self.is_flax else inputs
-                return width if width <= MOST_DENSE_WIDTH else 256
+                return width if 1 <= width <= MOST_DENSE_WIDTH else 256
         return 256
 
     def fit(
@@ -124,7 +124,9 @@ def read_agent(path: Path, num_actions: int) -> Agent:
     atoms = np.zeros(0, np.float32)
     if kind == "C51":
         atoms = weights.pop("atoms")
-        is_finite = atoms.ndim == 1 and len(atoms) > 1 and np.isfinite(atoms).all()
+        is_finite = (
+            atoms.dtype.kind == "f" and atoms.ndim == 1 and len(atoms) > 1 and np.isfinite(atoms).all()
+        )
         if not is_finite or (np.diff(atoms) <= 0).any():
             raise SystemExit(
                 f"error: {shown(path)} holds weights of C51 whose atoms are not increasing numbers."
@@ -142,7 +144,8 @@ def read_agent(path: Path, num_actions: int) -> Agent:
         )
     if kind == "QR-DQN":
         for name in ("network.9.weight", "network.9.bias"):
-            if name in weights and len(weights[name]) == QUANTILES * num_actions:
+            array = weights.get(name, atoms)
+            if array.dtype.kind == "f" and array.shape[:1] == (QUANTILES * num_actions,):
                 quantiles = weights[name].reshape(QUANTILES, num_actions, *weights[name].shape[1:])
                 with np.errstate(invalid="ignore"):  # of infinite weights, which `fit` reports
                     weights[name] = quantiles.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -5,32 +5,30 @@ import itertools
 import math
 import os
 import pickle
-import pickletools
 import warnings
-import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cleanrl.utils.bounds import shown
 from cleanrl.utils.storage import write_durably
+from cleanrl.utils.weights.archives import (
+    MOST_BYTES,
+    TOO_LARGE,
+    BadWeightsError,
+    checked,
+    stable_baselines3_policy,
+)
 from cleanrl.utils.weights.layouts import QUOTE, flatten
 
 SAVE_AGAIN = "download or save it again"
-TOO_LARGE = "holds more than any network here; name a file of weights alone."
-MOST_BYTES, MOST_NUMBERS = 2**27, 2**25  # in a file; twice those of the largest network here
-MOST_RECORDS, MOST_OPERATIONS, MOST_HEADER = 10**4, 10**5, 2**20  # of zips, pickles, safetensors
-MOST_CONTAINERS = 1000  # of msgpack
-NUM_PICKLES = 5  # before torch 1.6: a number, the version, the system, the network, its arrays' names
+MOST_NUMBERS = 2**25  # in a file; twice those of the largest network here
+MOST_HEADER, MOST_CONTAINERS = 2**20, 1000  # of safetensors, of msgpack
 MOST_ATOMS, MOST_RETURN = 1000, 1e9  # of C51's arguments that are believed
 MSGPACK_MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # first bytes; 0x80, the empty map, is also a pickle's
-
-
-class BadWeightsError(Exception):
-    """What is wrong with a file, as it follows its name, and what to do."""
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -100,8 +98,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with path.open("rb") as file:  # of a path torch believes the suffix
-                content = _stable_baselines3_policy(file) or file
-                _check_pickles(content)
+                content = checked(stable_baselines3_policy(file) or file)
                 state_dict = torch.load(content, map_location="cpu", weights_only=True)
     except BadWeightsError:
         raise
@@ -114,6 +111,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise BadWeightsError(f"is truncated, damaged or not a torch state dict; {SAVE_AGAIN}.") from None
 
     state_dict, atoms = _open_envelope(state_dict)
+    if isinstance(state_dict, OrderedDict):  # of an envelope
+        vars(state_dict).clear()
     if not isinstance(state_dict, dict):
         kind = type(state_dict).__name__
         raise BadWeightsError(f"holds a {kind}, not a state dict; save network.state_dict().")
@@ -133,60 +132,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise BadWeightsError("holds sparse or other special tensors; save ordinary dense ones.") from None
 
 
-def _stable_baselines3_policy(file: BinaryIO) -> io.BytesIO | None:
-    """The state dict in a zip file of Stable-Baselines3; None if the file is something else.
-
-    Raises:
-        BadWeightsError: it is too large once it is unpacked.
-    """
-    if not _is_zip(file):
-        return None
-    with _open_zip(file) as archive:
-        policies = [path for path in archive.namelist() if PurePosixPath(path).name == "policy.pth"]
-        policy = io.BytesIO(_read_record(archive, policies[0])) if len(policies) == 1 else None
-    file.seek(0)
-    return policy
-
-
-def _is_zip(file: BinaryIO) -> bool:
-    """As torch decides; `zipfile.is_zipfile` also takes an old pickle with an archive behind it for one."""
-    is_zip = file.read(4) == b"PK\x03\x04"
-    file.seek(0)
-    return is_zip
-
-
-def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
-    file.seek(0)
-    if file.read().count(b"PK\x01\x02") > MOST_RECORDS:  # a list of so many takes a minute
-        raise BadWeightsError(TOO_LARGE)
-    return zipfile.ZipFile(file)
-
-
-def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MOST_BYTES:
-        raise BadWeightsError(TOO_LARGE)
-    return archive.read(name)
-
-
-def _check_pickles(file: BinaryIO) -> None:
-    """Raises BadWeightsError if torch would make more of a file than a network is."""
-    content = file
-    if _is_zip(file):
-        with _open_zip(file) as archive:
-            if sum(record.file_size for record in archive.infolist()) > MOST_BYTES:
-                raise BadWeightsError(TOO_LARGE)
-            pickles = [_read_record(archive, name) for name in archive.namelist() if name.endswith(".pkl")]
-        content = io.BytesIO(b"".join(pickles))
-    with suppress(ValueError):  # it ends early, or is none of torch's
-        for _ in range(NUM_PICKLES):
-            for count, _ in enumerate(pickletools.genops(content)):
-                if count > MOST_OPERATIONS:
-                    raise BadWeightsError(TOO_LARGE)
-    file.seek(0)
-
-
 def _open_envelope(content: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The weights in what a file holds, and C51's "atoms" if only its arguments have them."""
+    if isinstance(content, OrderedDict):
+        vars(content).clear()  # from the file, and they may hide its methods
     if not isinstance(content, dict) or not isinstance(content.get("model_weights"), dict):
         return content, {}
     args = content.get("args")
@@ -238,8 +187,15 @@ def _check_objects(data: bytes) -> None:
         if next(number) > MOST_CONTAINERS:
             raise BadWeightsError(TOO_LARGE)
 
+    def look(data: bytes) -> None:
+        unpackb(data, list_hook=count, object_pairs_hook=count, ext_hook=look_into, raw=True, **limits)
+
+    def look_into(code: int, data: bytes) -> None:
+        if code in (1, 2, 3):  # flax's, which are msgpack again
+            look(data)
+
     limits = {"max_array_len": MOST_CONTAINERS, "max_map_len": MOST_CONTAINERS, "strict_map_key": False}
-    unpackb(data, list_hook=count, object_pairs_hook=count, ext_hook=lambda code, data: None, **limits)
+    look(data)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
