@@ -157,8 +157,9 @@ def write_durably(path: Path, data: bytes) -> None:
     """Writes a file that exists as a whole or not at all, even after a power failure."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:  # not through a link
+        if partial.is_symlink():  # nothing is written through a link
+            partial.unlink()
+        with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
