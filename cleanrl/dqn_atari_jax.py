@@ -351,7 +351,7 @@ def forward(network: QFunction, observations: Array) -> Array:
 
 def compute_q_values(network: QFunction, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions) of observations uint8 (n, 4, 84, 84)."""
-    q_values = forward(network, jax.device_put(padded(observations)))  # to 2^k: each size is compiled
+    q_values = forward(network, jax.device_put(padded(observations)))  # to 2^k, as each size is compiled
     return jax.device_get(q_values)[: len(observations)]
 
 

@@ -44,7 +44,7 @@ class Args(TeacherOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/ut
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
-    """decay per gradient step of the moving average of the student's weights, which acts; 0: no average"""
+    """decay per gradient step of the weight-averaged student, which acts in its place; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -427,7 +427,7 @@ class TrainState:
     """A run's whole state. A checkpoint saves every field: see `cleanrl.utils.run.state`."""
 
     student: StudentNetwork
-    ema_student: StudentNetwork  # moving average of its weights; acts, is evaluated and saved
+    ema_student: StudentNetwork  # moving average of the student's weights; acts, is evaluated, is saved
     target_network: StudentNetwork
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator  # of exploration and of drawing batches
@@ -551,7 +551,7 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
             q_values = compute_q_values(teacher, envs.observations)
             steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
-            # With a sampling temperature, plus Gumbel noise: their argmax is then a sample of the policy.
+            # With a sampling temperature, Gumbel noise is added: the argmax is then a sample of the policy.
             preferences = acting_values(state.rng, q_values, teacher.sampling_temperature)
             actions = epsilon_greedy(state.rng, epsilon, preferences)
             envs.step_async(actions)

@@ -44,7 +44,7 @@ class Args(TeacherOptions):  # --seed, --env-id, --num-envs, …: see cleanrl/ut
     adam_epsilon: PositiveFloat = 1e-8
     """epsilon of Adam (the paper: 1.5e-4)"""
     average_decay: Fraction = 0.0
-    """decay per gradient step of the moving average of the student's weights, which acts; 0: no average"""
+    """decay per gradient step of the weight-averaged student, which acts in its place; 0: no average"""
     td_loss: Literal["mse", "huber"] = "mse"
     """loss of the TD error, mse or huber (the paper: huber)"""
     buffer_size: PositiveInt = 1_000_000
@@ -436,7 +436,7 @@ class Learner:
     """The networks and the optimizer's state, all on the training device."""
 
     student: QFunction
-    ema_student: QFunction  # moving average of its weights; acts, is evaluated and saved
+    ema_student: QFunction  # moving average of the student's weights; acts, is evaluated, is saved
     target_network: QFunction
     optimizer_state: optax.OptState
 
@@ -548,7 +548,7 @@ def forward(networks: QFunction | Teacher | tuple, observations: Array) -> Array
 
 def compute_q_values(networks: QFunction | Teacher | tuple, observations: np.ndarray) -> np.ndarray:
     """Q-values float32 (n, num_actions), or (k, …) for k networks, of observations uint8 (n, 4, 84, 84)."""
-    q_values = forward(networks, jax.device_put(padded(observations)))  # to 2^k: each size is compiled
+    q_values = forward(networks, jax.device_put(padded(observations)))  # to 2^k, as each size is compiled
     return jax.device_get(q_values)[..., : len(observations), :]
 
 
@@ -582,7 +582,7 @@ def fill_teacher_replay(args: Args, state: TrainState, teacher: Teacher, run: Tr
             q_values = compute_q_values(teacher, envs.observations)
             steps = state.teacher_step + np.arange(args.num_envs)
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, steps)
-            # With a sampling temperature, plus Gumbel noise: their argmax is then a sample of the policy.
+            # With a sampling temperature, Gumbel noise is added: the argmax is then a sample of the policy.
             preferences = acting_values(state.rng, q_values, teacher.sampling_temperature)
             actions = epsilon_greedy(state.rng, epsilon, preferences)
             envs.step_async(actions)

@@ -328,6 +328,12 @@ def test_a_checkpoint_of_version_1_is_refused_in_a_line_that_says_what_to_do(two
         with pytest.raises(SystemExit) as end:
             read(two_checkpoints)
         assert end.value.code == line
+    for path in manifests(two_checkpoints):
+        write_manifest(path, {"version": "\x1b[2J\n" * 10**4})
+    with pytest.raises(SystemExit) as end:
+        newest_checkpoint(two_checkpoints)
+    assert end.value.code.isprintable()
+    assert len(end.value.code) < 1000
 
 
 def test_the_newest_unfinished_run_of_the_same_experiment_is_found(tmp_path, monkeypatch):

@@ -216,6 +216,14 @@ def test_a_file_is_found_by_what_the_repo_lists(repo, files, expected, tmp_path)
     assert [path for _, path, _ in server.requests] == [f"/api/models/{repo}"]
 
 
+def test_a_list_that_is_not_the_hubs_is_a_one_line_error(tmp_path):
+    with HubServer(CONTENT, "no_hub", files=["a.zip"]) as server:
+        outcome = find(server.url, tmp_path, "alice/pong")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert "does not answer like the Hub (" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
 def test_a_published_name_needs_no_list(tmp_path):
     outcome = find(refused_url(), tmp_path, "cleanrl/PongNoFrameskip-v4-c51_atari-seed1")
     assert (outcome.status, outcome.out) == (0, "c51_atari.cleanrl_model\n")

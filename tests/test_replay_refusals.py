@@ -310,6 +310,9 @@ def test_another_game_number_of_actions_or_version_is_refused(replay):
     assert f"with 6 actions, not of {PONG} with 18" in refusal(read_all, replay, num_actions=18)
     alter_manifest(replay, version=2)
     assert "manifest.json has version 2, not 1" in refusal(read_all, replay)
+    for name in ("num_actions", "version"):
+        alter_manifest(replay, **{"version": 1, name: "\x1b[2J\n"})
+        assert refusal(read_all, replay).isprintable()
 
 
 def test_fewer_frames_than_a_batch_are_refused(replay):

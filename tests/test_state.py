@@ -346,8 +346,18 @@ def test_a_checkpoint_whose_field_has_another_kind_or_shape_is_refused_by_name(o
 
 def test_a_generators_state_that_is_too_large_for_it_is_refused():
     content = saved(new_state())
-    content["rng"]["state"]["state"] = 10**400
-    with pytest.raises(DamagedError, match=r"differs in rng$"):
+    for states in (content["rng"]["state"], content["rng"]):
+        states["state"] = 10**400
+        with pytest.raises(DamagedError, match=r"differs in rng$"):
+            restore(new_state(), content)
+
+
+def test_an_optimizers_moments_that_are_an_array_are_refused():
+    state = new_state()
+    train(state.network, state.optimizer, state.rng, steps=1)
+    content = saved(state)
+    content["optimizer"]["state"][0] = np.zeros(3, np.float32)
+    with pytest.raises(DamagedError, match=r"differs in optimizer$"):
         restore(new_state(), content)
 
 
@@ -359,6 +369,10 @@ def test_a_checkpoint_with_other_fields_is_refused_by_their_names():
     del content["removed"], content["replay"]
     with pytest.raises(DamagedError, match=r"differs in replay, step$"):
         restore(new_state(), content)
+    content |= {"\x1b[2J": 0, 5: 0}  # from a stranger, and part of the line
+    with pytest.raises(DamagedError) as error:
+        restore(new_state(), content)
+    assert str(error.value).isprintable()
 
 
 def test_replay_buffers_that_take_memory_are_found():

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cleanrl import dqn_atari, dqn_atari_jax
 from cleanrl import qdagger_dqn_atari_impalacnn as qdagger
 from cleanrl.utils.command_line import check_arguments, parse_arguments
-from cleanrl.utils.hub.card import as_text, command_line
+from cleanrl.utils.hub.card import as_text, command_line, copy_sources
 
 NAME = "PongNoFrameskip-v4-mine-seed3"
 TINY = [
@@ -311,3 +311,12 @@ def test_the_command_line_has_a_presets_options_and_those_that_overrode_it(monke
     assert (args.learning_rate, args.temperature, args.total_timesteps) == (1e-4, 1.0, 40_000)
     _, _, *words = shlex.split(command_line(args, Path(qdagger.__file__)))
     assert read(*words) == dataclasses.replace(args, preset=None)
+
+
+def test_sources_are_not_copied_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dqn_atari.py").symlink_to(tmp_path / "precious")
+    copy_sources(tmp_path / "run", Path(dqn_atari.__file__))
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert (tmp_path / "run" / "dqn_atari.py").read_text() == Path(dqn_atari.__file__).read_text()

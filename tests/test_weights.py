@@ -1,4 +1,4 @@
-"""cleanrl/utils/weights/files.py: good files of every format and width, bad ones users may have, saving."""
+"""cleanrl/utils/weights: good files of every format and width, bad ones users may have, saving."""
 
 import contextlib
 import errno
@@ -614,4 +614,12 @@ def test_torch_reads_the_records_that_were_checked(tmp_path):
     (pickle_name,) = (name for name, _ in records if name.endswith(".pkl"))
     with pytest.warns(UserWarning, match="Duplicate name"):
         (tmp_path / "file").write_bytes(zip_of((pickle_name, LISTS), *records))
+    np.testing.assert_array_equal(read_weights(tmp_path / "file")["a"], [1, 1])
+
+
+@pytest.mark.parametrize("is_in_envelope", [False, True])
+def test_attributes_from_a_file_do_not_hide_the_methods_of_its_dict(is_in_envelope, tmp_path):
+    weights = OrderedDict(a=torch.ones(2))
+    vars(weights).update(get=5, values=5)
+    torch.save({"model_weights": weights} if is_in_envelope else weights, tmp_path / "file")
     np.testing.assert_array_equal(read_weights(tmp_path / "file")["a"], [1, 1])

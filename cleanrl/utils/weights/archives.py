@@ -12,8 +12,9 @@ TOO_LARGE = "holds more than any network here; name a file of weights alone."
 MOST_BYTES = 2**27  # in a file; twice those of the largest network here
 MOST_RECORDS, MOST_OPERATIONS = 10**4, 10**5  # of zips, pickles
 NUM_PICKLES = 5  # before torch 1.6: a number, the version, the system, the network, its arrays' names
-# What torch lets a pickle call, though no state dict does: a few bytes may ask for any memory.
-MAKES_MORE = (" bytearray", " encode", " _rebuild_parameter_with_state")
+# What torch lets a pickle call, though no state dict needs it: a few bytes may ask for any memory, or hide a
+# tensor's methods.
+NEEDLESS = (" bytearray", " encode", " _rebuild_parameter_with_state")
 
 
 class BadWeightsError(Exception):
@@ -84,7 +85,7 @@ def checked(file: BinaryIO) -> BinaryIO:
                 for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
                     if count > MOST_OPERATIONS:
                         raise BadWeightsError(TOO_LARGE)
-                    if operation.name == "GLOBAL" and argument.endswith(MAKES_MORE):
+                    if operation.name == "GLOBAL" and argument.endswith(NEEDLESS):
                         raise pickle.UnpicklingError
     file.seek(0)
     return file

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,6 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise BadWeightsError(f"is truncated, damaged or not a torch state dict; {SAVE_AGAIN}.") from None
 
     state_dict, atoms = _open_envelope(state_dict)
-    if isinstance(state_dict, OrderedDict):  # of an envelope
-        vars(state_dict).clear()
     if not isinstance(state_dict, dict):
         kind = type(state_dict).__name__
         raise BadWeightsError(f"holds a {kind}, not a state dict; save network.state_dict().")
@@ -134,16 +131,21 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _open_envelope(content: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The weights in what a file holds, and C51's "atoms" if only its arguments have them."""
-    if isinstance(content, OrderedDict):
-        vars(content).clear()  # from the file, and they may hide its methods
+    content = _plain(content)
     if not isinstance(content, dict) or not isinstance(content.get("model_weights"), dict):
         return content, {}
+    weights = _plain(content["model_weights"])
     args = content.get("args")
     match args if isinstance(args, dict) else {}:
         case {"v_min": float() | int() as low, "v_max": float() | int() as high, "n_atoms": int() as count}:
             if 2 <= count <= MOST_ATOMS and abs(low) < MOST_RETURN and abs(high) < MOST_RETURN:
-                return content["model_weights"], {"atoms": np.linspace(low, high, count, dtype=np.float32)}
-    return content["model_weights"], {}
+                return weights, {"atoms": np.linspace(low, high, count, dtype=np.float32)}
+    return weights, {}
+
+
+def _plain(content: Any) -> Any:
+    """A dict without the attributes that a file may give an OrderedDict, and which may hide its methods."""
+    return dict(dict.items(content)) if isinstance(content, dict) else content
 
 
 def _read_flax(path: Path) -> dict[str, np.ndarray]:
