@@ -580,10 +580,11 @@ def calls(function: str, *arguments: bytes) -> bytes:
     "pickled",
     [
         calls("builtins bytearray", b"J" + (2**24).to_bytes(4, "little")),
+        calls("torch._utils _rebuild_parameter_with_state"),
         calls("_codecs encode", b"X\x01\x00\x00\x00a", b"X\x06\x00\x00\x00latin1"),
     ],
 )
-def test_a_pickle_that_asks_for_memory_without_having_a_tensor_is_refused(pickled, tmp_path, capfd):
+def test_a_pickle_that_calls_what_no_state_dict_needs_is_refused(pickled, tmp_path, capfd):
     for content in (
         MAGIC + VERSION + MACHINE + pickled,
         zip_of(("a/data.pkl", pickled), ("a/version", b"3")),
