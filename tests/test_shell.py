@@ -1,5 +1,6 @@
 """Commands in a shell: Ctrl-C, and output that nobody reads or that cannot be written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,38 @@ def test_what_an_encoding_lacks_is_escaped(encoding, minus, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     program = "from cleanrl.utils.shell import prepare_command; prepare_command(); print('−1')"
     assert run_python(Path(), "-c", program) == (0, f"{minus}\n", "")
+
+
+REFUSALS = {
+    "PermissionError(13, 'Permission denied', 'runs')": (
+        "error: runs: Permission denied; change its permissions, or name another\n"
+    ),
+    "OSError(28, 'No space left on device')": "error: No space left on device; free some space\n",
+}
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+def test_what_the_machine_refuses_is_one_line_wherever_it_is_met(error):
+    program = f"from cleanrl.utils.shell import prepare_command; prepare_command(); raise {error}"
+    assert run_python(Path(), "-c", program) == (1, "", REFUSALS[error])
+
+
+@pytest.mark.parametrize("error", ["ValueError('x')", "FileNotFoundError(2, 'No such file', 'x')"])
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    program = f"from cleanrl.utils.shell import prepare_command; prepare_command(); raise {error}"
+    status, output, errors = run_python(Path(), "-c", program)
+    assert (status, output) == (1, "")
+    assert errors.startswith("Traceback (most recent call last):")
+
+
+def test_a_folder_of_another_user_is_one_line(tmp_path):
+    (tmp_path / "runs").mkdir(mode=0)
+    # Without its privileges, root is refused, too.
+    prefix = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    script = [sys.executable, str(ROOT / COMMANDS[0]), "--env-id", "PongNoFrameskip-v4", "--resume", "auto"]
+    done = subprocess.run([*prefix, *script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: runs: Permission denied; change its permissions, or name another\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,22 +5,41 @@ import os
 import signal
 import sys
 from io import TextIOWrapper
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import IO, Any
 
+from cleanrl.utils.bounds import shown
+
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the pipe's reader or the terminal is gone, or it was closed
+REFUSED = {  # what a machine may refuse to any program, and what to do
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.EROFS: "start where it can be written to",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EMFILE: "allow more open files (`ulimit -n`)",
+}
 
 
 def prepare_command() -> None:
-    """From now on Ctrl-C ends the process with one line, as nothing can be lost yet; and output that cannot
-    be written, as in `… --help | head -1` or on a closed terminal, is dropped: a run continues without it.
+    """From now on Ctrl-C ends the process with one line, as nothing can be lost yet; output that cannot be
+    written, as in `… --help | head -1` or on a closed terminal, is dropped: a run continues without it; and
+    what the machine refuses, as a folder of another user, is a line wherever it is met.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + number)
 
+    def explain(kind: type, error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            where = f"{shown(error.filename)}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; {REFUSED[error.errno]}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
     signal.signal(signal.SIGINT, interrupt)
+    sys.excepthook = explain
     # By default PyTorch's threads busy-wait so long that they take the cores from the environments' workers.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
