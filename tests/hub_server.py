@@ -123,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_body(self, content: bytes, start: int) -> None:
         server, mode = self.server, self.server.mode
         size = len(content)
+        if mode == "altered":
+            content = content[:-1] + bytes([content[-1] ^ 1])
         end = size // 2 if mode in ("stalled", "stalled_anew", "truncated") else size
         piece = size // 20 if mode == "slow" else size
         for position in range(start, end, piece):
@@ -144,7 +146,8 @@ class HubServer(ThreadingHTTPServer):
     ok, any of ERRORS, redirect (the file is on another host, as the Hub's large files are), no_hub (a web
     server without the Hub's headers), silent (never answers), slow (the body comes in 20 pieces, `pause_s`
     apart); where only the first half of the body arrives: stalled, stalled_anew (from the start each time),
-    truncated. Servers that mean harm: path_as_etag, path_as_commit, huge (10^12 bytes, it says), endless.
+    truncated; altered (in one bit). Servers that mean harm: path_as_etag, path_as_commit, huge (10^12 bytes,
+    it says), endless.
     """
 
     daemon_threads = True

@@ -49,6 +49,7 @@ FAILURES = {
     "stalled": ("stalled", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
     "stalled_anew": ("stalled_anew", (), SHORT_TIMEOUTS, "stopped answering (nothing arrived for 11 s)"),
     "truncated": ("truncated", (), {}, "check the connection"),
+    "altered": ("altered", (), {}, "it was damaged on its way or in the cache (its SHA-256 is another)"),
     "path_as_etag": ("path_as_etag", (), {}, "the file has no usable ETag or commit); check HF_ENDPOINT"),
     "path_as_commit": ("path_as_commit", (), {}, "the file has no usable ETag or commit); check HF_ENDPOINT"),
     "huge": ("huge", (), {}, "its size is 1000000000000); check HF_ENDPOINT"),
@@ -167,6 +168,18 @@ def test_cached_file_is_used_when_the_hub_fails(tmp_path):
     for outcome in (offline, failing, silent, gone):
         assert (outcome.status, outcome.out, outcome.err) == (0, first.out, "")
         assert outcome.elapsed_s < 30
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(tmp_path):
+    with HubServer(CONTENT) as server:
+        path = Path(run_download(server.url, tmp_path).out)
+        path.resolve().write_bytes(CONTENT[:-1] + b"?")
+        damaged = run_download(server.url, tmp_path, HF_HUB_OFFLINE="1")
+        again = run_download(server.url, tmp_path)
+    assert (damaged.status, damaged.out) == (1, "")
+    assert "(its SHA-256 is another); try again" in damaged.err
+    assert (again.status, again.err) == (0, "")
+    assert Path(again.out).read_bytes() == CONTENT
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The Hugging Face Hub: `download` fetches a file, `publish` uploads a run, `card` writes its model card."""
+"""The Hugging Face Hub: `download` fetches a file, `publish` uploads a run,
+`card` writes its model card; `client` is how the first two ask."""
 
 import os
 import re

@@ -1,16 +1,13 @@
 """Finds and downloads one file on the Hugging Face Hub; failures come soon and say what to do."""
 
+import hashlib
 import json
-import logging
 import re
-import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from typing import NoReturn
 
 from huggingface_hub import (
     HfApi,
@@ -33,9 +30,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import logging as hub_logging
 
 from cleanrl.utils.bounds import shown
+from cleanrl.utils.hub.client import ask_the_hub, silence_limit_s, without_password
 
 MOST_BYTES = 10**9  # of a file of weights; the largest known are 30 MB
 
@@ -145,52 +142,6 @@ def _refuse(task: str, error: Exception, repo_id: str, revision: str | None, adv
     raise SystemExit(without_password(" ".join(message.split()))) from None
 
 
-def without_password(text: str) -> str:
-    """A text that may contain HF_ENDPOINT, without its user and password."""
-    user_and_password, at, _ = urlsplit(constants.ENDPOINT).netloc.rpartition("@")
-    return text.replace(user_and_password + at, "") if at else text
-
-
-def silence_limit_s() -> float:
-    """How long the Hub may be silent: two tries, and up to 3 s for the client's telemetry."""
-    return 5 + 3 * max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-
-
-def ask_the_hub(
-    work: Callable[[], Any], patience_s: float, has_progressed: Callable[[], bool] = lambda: False
-) -> Any:
-    """Returns or raises what `work` does; TimeoutError once it has made no progress for `patience_s`.
-
-    The client's own limits are no help: it retries a silent server for 6.5 minutes, and forever a body that
-    stalls and is restarted each time; it sleeps as long as Retry-After says, and nothing bounds a name lookup
-    or an upload. So `work` runs in a thread that can be abandoned.
-    """
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["result"] = work()
-        except Exception as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    with _quiet_client():
-        thread.start()
-        last_progress = time.monotonic()
-        while thread.is_alive():
-            thread.join(0.2)
-            if has_progressed():
-                last_progress = time.monotonic()
-            elif thread.is_alive() and time.monotonic() - last_progress > patience_s:
-                outcome["error"] = TimeoutError(f"nothing arrived for {patience_s} s")
-                break
-    if thread.is_alive():
-        hub_logging.set_verbosity(logging.CRITICAL)  # it retries until the process ends, and must not log it
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
-
-
 def _check_metadata(metadata: HfFileMetadata) -> None:
     """The client makes paths of the first two, and believes the third."""
     is_name = re.compile(r"\w[\w.-]*").fullmatch
@@ -198,6 +149,26 @@ def _check_metadata(metadata: HfFileMetadata) -> None:
         raise FileMetadataError("the file has no usable ETag or commit")
     if not 0 < (metadata.size or 0) <= MOST_BYTES:
         raise FileMetadataError(f"its size is {metadata.size}")
+
+
+class AlteredError(Exception):
+    """A file in the cache is not the one that the Hub has."""
+
+
+def _check_content(path: str) -> str:
+    """Returns the path. A large file's ETag is its SHA-256, and the name of what the path links to.
+
+    Raises:
+        AlteredError: it is another file; it is removed from the cache.
+    """
+    content = Path(path).resolve()
+    if re.fullmatch("[0-9a-f]{64}", content.name):
+        with content.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != content.name:
+            content.unlink()
+            raise AlteredError
+    return path
 
 
 def _is_transient(error: Exception) -> bool:
@@ -229,11 +200,11 @@ class Download:
             except Exception as error:
                 cached = try_to_load_from_cache(self.repo_id, self.filename, revision=self.revision)
                 if isinstance(cached, str):
-                    return cached
+                    return _check_content(cached)
                 if is_last_try or not _is_transient(error):
                     raise
                 time.sleep(1)
-        return hf_hub_download(self.repo_id, self.filename, revision=self.revision)
+        return _check_content(hf_hub_download(self.repo_id, self.filename, revision=self.revision))
 
     def has_grown(self) -> bool:
         """Whether more has arrived since the last call; it may be another process that downloads it.
@@ -254,22 +225,6 @@ class Download:
             )
         has_grown, self._size = size > self._size, size
         return has_grown
-
-
-@contextmanager
-def _quiet_client():
-    """No warning at each retry, and a partial file that grows as bytes arrive.
-
-    By default the client writes 10 MB at a time, more than a whole teacher, and Xet writes out of order.
-    """
-    saved = (hub_logging.get_verbosity(), constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET)
-    hub_logging.set_verbosity(logging.CRITICAL)
-    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = 16 * 1024, True
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(saved[0])
-        constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = saved[1:]
 
 
 def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
@@ -300,6 +255,8 @@ def _explain(error: Exception, repo_id: str, advice: Advice) -> str:
             return f"{endpoint} answered with error {status}; try again later"
         case HfHubHTTPError():
             return f"{endpoint} answered with error {status}; check {advice.repo_option} and HF_ENDPOINT"
+        case AlteredError():
+            return "it was damaged on its way or in the cache (its SHA-256 is another); try again"
         case FileMetadataError():
             return f"{endpoint} does not answer like the Hub ({error}); check HF_ENDPOINT, proxy and firewall"
         case OSError() if error.errno:

@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from cleanrl.utils.bounds import shown
 from cleanrl.utils.hub.card import read_card
-from cleanrl.utils.hub.download import ask_the_hub, silence_limit_s, without_password
+from cleanrl.utils.hub.client import ask_the_hub, silence_limit_s, without_password
 from cleanrl.utils.shell import prepare_command
 from cleanrl.utils.storage import write_durably
 
