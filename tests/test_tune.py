@@ -306,7 +306,7 @@ def test_what_cannot_vary_is_refused(text):
         parse_space([])
 
 
-@pytest.mark.parametrize("damage", ["other", "cut", "page", "pipe", "later"])
+@pytest.mark.parametrize("damage", ["other", "cut", "page", "pipe", "later", "value", "minimize"])
 def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
     path = Path("runs/tune/study.db")
@@ -318,6 +318,12 @@ def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
     if damage == "pipe":
         path.unlink()
         os.mkfifo(path)
+    elif damage == "value":
+        with sqlite3.connect(path) as database:
+            database.execute("delete from trial_values where trial_id = 3")
+    elif damage == "minimize":
+        with sqlite3.connect(path) as database:
+            database.execute("update study_directions set direction = 'MINIMIZE'")
     elif damage == "later":  # while the search goes on
         monkeypatch.setattr(optuna.Study, "set_user_attr", lambda *_: path.write_bytes(b"x" * len(content)))
     else:
@@ -325,6 +331,19 @@ def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
         path.write_bytes(damaged[damage])
     with pytest.raises(
         SystemExit, match=rf"^error: the study {path} cannot be used \([^\n]+\); move it away"
+    ):
+        main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=("quality=-5:5",)))
+
+
+def test_a_study_of_another_command_is_one_line_whatever_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/tune/study.db")
+    path.parent.mkdir(parents=True)
+    study = open_study(path, "study", 1, 0)
+    study.tell(study.ask({"quality": FloatDistribution(-5, 5)}), 1.0)
+    study.set_user_attr("command", [1, "a b"])
+    with pytest.raises(
+        SystemExit, match=r"^error: the study study was started with another command, 1 'a b'"
     ):
         main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=("quality=-5:5",)))
 

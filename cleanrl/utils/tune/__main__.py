@@ -80,7 +80,7 @@ def main(args: Args) -> int:
         for name, value in same.items():
             before = study.user_attrs.get(name, value)
             if search.num_trials() and before != value:  # else only failed runs, as of a mistyped option
-                shown_before = shown(shlex.join(before) if isinstance(before, list) else before)
+                shown_before = shown(shlex.join(map(str, before)) if isinstance(before, list) else before)
                 raise SystemExit(
                     f"error: the study {args.study} was started with another {name}, {shown_before}; give"
                     " this one its own --study"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +15,7 @@ import filelock
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -73,9 +75,12 @@ def open_study(path: Path, name: str, seed: int, warm_up_trials: int) -> optuna.
             direction="maximize",
             load_if_exists=True,
         )
-        num_trials = len(study.get_trials(deepcopy=False))  # reads all of it
+        trials = study.get_trials(deepcopy=False)  # reads all of it
+        complete = (trial for trial in trials if trial.state == TrialState.COMPLETE)
+        if study.direction != StudyDirection.MAXIMIZE or not all(isfinite(trial.value) for trial in complete):
+            raise ValueError("it is not a search's")
         # Not again the values of the last start.
-        study.sampler = optuna.samplers.TPESampler(seed=(seed + num_trials) % 2**32)
+        study.sampler = optuna.samplers.TPESampler(seed=(seed + len(trials)) % 2**32)
         dict(study.user_attrs)
         return study
 
