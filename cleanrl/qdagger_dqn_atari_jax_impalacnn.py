@@ -608,7 +608,7 @@ def train_offline(args: Args, state: TrainState, run: TrainingRun) -> None:
         while state.evaluated_step < args.offline_steps:
             run.checkpoint()
             next_evaluation = min(state.evaluated_step + args.offline_eval_frequency, args.offline_steps)
-            if state.offline_step == next_evaluation:
+            if state.offline_step >= next_evaluation:
                 run.save_model(state.ema_student, "-offline")
                 evaluate_student(args, state, run, "offline", state.offline_step)
                 continue
