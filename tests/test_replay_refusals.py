@@ -204,6 +204,8 @@ def test_the_manifest_of_a_checkpoint_is_not_that_of_a_replay(replay):
         {"oldest": []},
         {"oldest": [], "heads": []},
         {"oldest": [-1, 0, 0]},
+        {"oldest": [0.5, 0, 0]},
+        {"oldest": [True, False, False]},
         {"oldest": [10**6] * 3},
         {"heads": [5]},
         {"heads": 5},

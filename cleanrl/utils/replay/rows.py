@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cleanrl.utils.bounds import MOST
+from cleanrl.utils.bounds import MOST, has_kind
 from cleanrl.utils.replay.ring import COLUMNS, ReplayBuffer
 from cleanrl.utils.storage import DamagedError, FileEntry, read_tree
 
@@ -48,10 +48,12 @@ def check_range(oldest: Any, heads: Any, num_envs: int | None = None) -> tuple[n
         DamagedError: they are not that, or not of so many rings.
     """
     try:
+        if not (has_kind(oldest, list[int]) and has_kind(heads, list[int])):
+            raise TypeError
         oldest, heads = (np.array(numbers, dtype=np.int64) for numbers in (oldest, heads))
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, OverflowError):
         raise DamagedError("its positions are invalid") from None
-    is_range = oldest.ndim == 1 and oldest.shape == heads.shape and len(heads) > 0
+    is_range = oldest.shape == heads.shape and len(heads) > 0
     if not is_range or (oldest < 0).any() or (oldest > heads).any() or (heads > MOST).any():
         raise DamagedError("its positions are invalid")
     if (heads - oldest + 1).sum() > MOST_ROWS:
