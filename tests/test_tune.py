@@ -1,6 +1,7 @@
 """cleanrl.utils.tune with runs that learn nothing, but whose returns are known."""
 
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from both_scripts import ROOT, run_python, start_python
 from matplotlib import image
 from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sqlalchemy.exc import OperationalError
 
 from cleanrl.utils.command_line import describe_options
 from cleanrl.utils.report.events import UnusableError
@@ -24,7 +26,7 @@ from cleanrl.utils.tune import trials
 from cleanrl.utils.tune.__main__ import Args, main
 from cleanrl.utils.tune.results import draw, table
 from cleanrl.utils.tune.space import parse_space
-from cleanrl.utils.tune.trials import open_study
+from cleanrl.utils.tune.trials import open_study, using
 
 COMMAND = f"python {shlex.quote(str(ROOT / 'tests' / 'fake_training.py'))} --eval-episodes 2"
 SEARCH = ["-m", "cleanrl.utils.tune", "--env-id", "PongNoFrameskip-v4", "--study", "pong"]
@@ -333,6 +335,16 @@ def test_a_damaged_study_is_one_line(tmp_path, monkeypatch, damage):
         SystemExit, match=rf"^error: the study {path} cannot be used \([^\n]+\); move it away"
     ):
         main(Args(command=COMMAND, env_id="PongNoFrameskip-v4", search=("quality=-5:5",)))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OperationalError("", (), Exception("disk is full"))],
+)
+def test_a_full_disk_costs_no_study(fault):
+    line = r"^error: the study x.db cannot be used \([^\n]+\); free some space$"
+    with pytest.raises(SystemExit, match=line), using(Path("x.db"), OSError):
+        raise fault
 
 
 def test_a_study_of_another_command_is_one_line_whatever_it_was(tmp_path, monkeypatch):

@@ -39,9 +39,9 @@ def using(path: Path, *faults: type[Exception]) -> Iterator[None]:
         yield
     except (SQLAlchemyError, StorageInternalError, *faults) as error:
         reason = shown(str(error.__cause__ or error).partition("\n")[0])
-        raise SystemExit(
-            f"error: the study {path} cannot be used ({reason}); move it away, or name another --study"
-        ) from None
+        is_full = any(words in reason for words in ("disk is full", "No space left", "quota"))
+        advice = "free some space" if is_full else "move it away, or name another --study"
+        raise SystemExit(f"error: the study {path} cannot be used ({reason}); {advice}") from None
 
 
 @contextmanager
