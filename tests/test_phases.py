@@ -205,9 +205,10 @@ def test_games_are_plotted_at_the_step_of_their_environment(algorithm):
 
 
 def test_the_student_is_evaluated_and_saved_while_it_learns_offline():
-    happened = rehearse(TORCH, 8, offline_eval_frequency=12)
-    assert happened.run.played == ["offline-12", "offline-24", "offline-30"]
-    assert happened.points["charts/offline/avg_episodic_return"] == [(12, 0.5), (24, 0.5), (30, 0.5)]
+    happened = rehearse(TORCH, 8, offline_eval_frequency=13, steps_per_call=10, loss_interval=100)
+    steps = (13, 26, 30)
+    assert happened.run.played == [f"offline-{step}" for step in steps]
+    assert happened.points["charts/offline/avg_episodic_return"] == [(step, 0.5) for step in steps]
     assert [suffix for suffix, _ in happened.run.saved] == ["-offline"] * 3
     numbers = [weights.popitem()[1].item() for _, weights in happened.run.saved]
     assert 1.0 > numbers[0] > numbers[1] > numbers[2]
