@@ -70,9 +70,15 @@ def test_what_an_encoding_lacks_is_escaped(encoding, minus, monkeypatch):
 
 REFUSALS = {
     "PermissionError(13, 'Permission denied', 'runs')": (
-        "error: runs: Permission denied; change its permissions, or name another\n"
+        "error: runs: Permission denied; change its permissions, or name another path\n"
     ),
     "OSError(28, 'No space left on device')": "error: No space left on device; free some space\n",
+    "OSError(30, 'Read-only file system', 'x')": (
+        "error: x: Read-only file system; start in a folder that can be written to\n"
+    ),
+    "OSError(24, 'Too many open files', 'x')": (
+        "error: x: Too many open files; allow more open files (`ulimit -n`)\n"
+    ),
 }
 
 
@@ -92,12 +98,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 
 def test_a_folder_of_another_user_is_one_line(tmp_path):
     (tmp_path / "runs").mkdir(mode=0)
-    # Without its privileges, root is refused, too.
+    # Root is refused, too, once it has given up its privileges.
     prefix = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
     script = [sys.executable, str(ROOT / COMMANDS[0]), "--env-id", "PongNoFrameskip-v4", "--resume", "auto"]
     done = subprocess.run([*prefix, *script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == "error: runs: Permission denied; change its permissions, or name another\n"
+    assert done.stderr == "error: runs: Permission denied; change its permissions, or name another path\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,10 +11,10 @@ from typing import IO, Any
 from cleanrl.utils.bounds import shown
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the pipe's reader or the terminal is gone, or it was closed
-REFUSED = {  # what a machine may refuse to any program, and what to do
-    errno.EACCES: "change its permissions, or name another",
-    errno.EPERM: "change its permissions, or name another",
-    errno.EROFS: "start where it can be written to",
+REFUSED = {  # what the operating system may refuse any program, and what to do
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.EROFS: "start in a folder that can be written to",
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EMFILE: "allow more open files (`ulimit -n`)",
@@ -24,7 +24,7 @@ REFUSED = {  # what a machine may refuse to any program, and what to do
 def prepare_command() -> None:
     """From now on Ctrl-C ends the process with one line, as nothing can be lost yet; output that cannot be
     written, as in `… --help | head -1` or on a closed terminal, is dropped: a run continues without it; and
-    what the machine refuses, as a folder of another user, is a line wherever it is met.
+    what the operating system refuses, such as access to a folder, ends the process with one line.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

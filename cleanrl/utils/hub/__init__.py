@@ -1,5 +1,7 @@
-"""The Hugging Face Hub: `download` fetches a file, `publish` uploads a run,
-`card` writes its model card; `client` is how the first two ask."""
+"""The Hugging Face Hub: `download` fetches a file, `publish` uploads a run, `card` writes its model card.
+
+The first two reach the Hub through `client`.
+"""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Asks the Hub through its own client: waits only while there is progress, and logs nothing."""
+"""Asks the Hub through its own client, but waits only while there is progress, and logs nothing."""
 
 import logging
 import threading

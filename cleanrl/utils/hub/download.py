@@ -156,10 +156,10 @@ class AlteredError(Exception):
 
 
 def _check_content(path: str) -> str:
-    """Returns the path. A large file's ETag is its SHA-256, and the name of what the path links to.
+    """Returns the path of a file in the cache. It links to a file named by its ETag, a large one's SHA-256.
 
     Raises:
-        AlteredError: it is another file; it is removed from the cache.
+        AlteredError: the content has another SHA-256; it has been removed from the cache.
     """
     content = Path(path).resolve()
     if re.fullmatch("[0-9a-f]{64}", content.name):

@@ -78,7 +78,7 @@ def open_study(path: Path, name: str, seed: int, warm_up_trials: int) -> optuna.
         trials = study.get_trials(deepcopy=False)  # reads all of it
         complete = (trial for trial in trials if trial.state == TrialState.COMPLETE)
         if study.direction != StudyDirection.MAXIMIZE or not all(isfinite(trial.value) for trial in complete):
-            raise ValueError("it is not a search's")
+            raise ValueError("it does not come from a search")
         # Not again the values of the last start.
         study.sampler = optuna.samplers.TPESampler(seed=(seed + len(trials)) % 2**32)
         dict(study.user_attrs)
