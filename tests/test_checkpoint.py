@@ -21,7 +21,13 @@ from cleanrl.utils.run.checkpoint import (
     newest_checkpoint,
     saved_options,
 )
-from cleanrl.utils.run.folders import lock_run, manifests, newest_unfinished_run, release_finished
+from cleanrl.utils.run.folders import (
+    is_finished,
+    lock_run,
+    manifests,
+    newest_unfinished_run,
+    release_finished,
+)
 from cleanrl.utils.storage import FileEntry, read_manifest, read_tree, write_manifest
 
 DAMAGES = ["missing", "truncated", "bit-flipped"]
@@ -387,6 +393,20 @@ def test_foreign_files_are_ignored_and_stay(folder, capsys):
     assert capsys.readouterr() == ("", "")
     again.remove_all()
     assert {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == foreign
+
+
+def test_a_run_has_finished_though_foreign_files_stay(folder, writer):
+    put_foreign_files(folder)
+    lock = lock_run(folder)
+    assert not is_finished(folder)  # it has just begun
+    save(writer)
+    lock.release()
+    (folder / "checkpoints" / "lock").unlink()  # as the error of a locked run advises
+    assert not is_finished(folder)
+    writer.remove_all()
+    release_finished(folder, lock_run(folder))
+    assert is_finished(folder)
+    assert (folder / "checkpoints" / "notes.txt").read_text() == "notes.txt"
 
 
 def test_numbers_beyond_six_digits_are_newer(folder, writer):

@@ -56,8 +56,11 @@ def is_folder(path: Path) -> bool:
 
 
 def is_finished(run_folder: Path) -> bool:
-    """Whether a run has finished: it then has no checkpoints any more."""
-    return run_folder.is_dir() and not (run_folder / "checkpoints").exists()
+    """Whether a run has finished: it then has neither checkpoints nor a lock, only what others put there."""
+    checkpoints = run_folder / "checkpoints"
+    left = [path.name for path in checkpoints.glob("*")]
+    is_removed = bool(left) and "lock" not in left and not checkpoint_files(run_folder)
+    return run_folder.is_dir() and (is_removed or not checkpoints.exists())
 
 
 def checkpoint_files(run_folder: Path) -> dict[Path, int]:
