@@ -167,6 +167,24 @@ def test_a_platform_that_is_not_there_is_a_one_line_error(tmp_path):
     assert errors.splitlines()[-1] == f"{line} free its memory"
 
 
+SLOW_CALL = """
+import jax, sys
+import cleanrl.dqn_atari_jax as script
+if "chosen" in sys.argv:
+    script.choose_device(script.Args())
+matrix = jax.numpy.eye(1000)
+power = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y @ x, x)).lower(matrix).compile()
+print(power(matrix).is_ready())
+"""
+
+
+@pytest.mark.parametrize(("chosen", "is_ready"), [(["chosen"], "True"), ([], "False")])
+def test_on_a_cpu_no_gradient_steps_are_left_to_wait_for(tmp_path, chosen, is_ready):
+    """A run that is asked to stop would wait for up to 32 calls, minutes on a slow CPU."""
+    status, output, errors = run_python(tmp_path, "-c", SLOW_CALL, *chosen)
+    assert (status, output.split()) == (0, [is_ready]), errors
+
+
 # ------------------------------------------------------------------------------------------------- memory
 
 

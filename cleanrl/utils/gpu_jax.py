@@ -26,6 +26,8 @@ def choose_device(args: Any) -> jax.Device:
     if not args.cuda_graphs and "--xla_gpu_enable_command_buffer" not in flags:
         flags += " --xla_gpu_enable_command_buffer="
     os.environ["XLA_FLAGS"] = flags.strip()
+    # Otherwise, on a CPU, up to 32 calls of `learn` are queued, and a stopped run waits for all of them.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
     with first_use_of_gpu():
