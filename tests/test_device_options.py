@@ -35,7 +35,7 @@ def test_without_cuda_no_gpu_is_used(monkeypatch):
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *setting: updates.append(setting))
     gpu_jax.choose_device(JAX.Args(cuda=False))
-    assert updates == [("jax_platforms", "cpu")]
+    assert ("jax_platforms", "cpu") in updates
 
 
 @pytest.mark.parametrize(
