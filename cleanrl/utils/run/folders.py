@@ -58,9 +58,9 @@ def is_folder(path: Path) -> bool:
 def is_finished(run_folder: Path) -> bool:
     """Whether a run has finished: it then has neither checkpoints nor a lock, only what others put there."""
     checkpoints = run_folder / "checkpoints"
-    left = [path.name for path in checkpoints.glob("*")]
-    is_removed = bool(left) and "lock" not in left and not checkpoint_files(run_folder)
-    return run_folder.is_dir() and (is_removed or not checkpoints.exists())
+    left = [path.name for path in checkpoints.glob("*")]  # nothing: the run was killed as it began
+    ours_are_gone = bool(left) and "lock" not in left and not checkpoint_files(run_folder)
+    return run_folder.is_dir() and (ours_are_gone or not checkpoints.exists())
 
 
 def checkpoint_files(run_folder: Path) -> dict[Path, int]:

@@ -1,9 +1,9 @@
-"""Steps between the points of a student's games of Pong, and the teacher's opinion of how it played them.
+"""Steps between the points of a student's games of Pong, and where the teacher would have played otherwise.
 
-    python docs/results/trials/points.py runs/…/quick.cleanrl_model > points.json
+    PYTHONPATH=. python docs/results/trials/points.py runs/…/quick.cleanrl_model > points.json
 
-For each of ten games, each point as [steps since the previous one, 1 if won or -1 if lost, largest gap]; the
-gap is how much more the teacher's Q-value of its own action was than that of the student's.
+Prints, for each of ten games, every point as [steps since the previous point, 1 if won or -1 if lost,
+largest gap]; a gap is how far the teacher's Q-value of the student's action is below that of its own.
 """
 
 import json
@@ -29,24 +29,24 @@ def main(student: qdagger.Teacher, teacher: qdagger.Teacher) -> None:
     rng = np.random.default_rng(SEED)
     games: list[list[tuple[int, int, float]]] = [[] for _ in range(NUM_GAMES)]
     steps, largest_gaps = np.zeros(NUM_GAMES, int), np.zeros(NUM_GAMES)
-    going_on = np.ones(NUM_GAMES, bool)
+    unfinished = np.ones(NUM_GAMES, bool)
     with ParallelEnvs([make_env] * NUM_GAMES, probe_fn=make_env) as envs:
         observations = envs.reset(SEED)
-        while going_on.any():
+        while unfinished.any():
             q_values = qdagger.compute_q_values(student, observations)
-            of_teacher = qdagger.compute_q_values(teacher, observations)
+            teacher_q_values = qdagger.compute_q_values(teacher, observations)
             actions = q_values.argmax(axis=1)
-            gaps = of_teacher.max(axis=1) - of_teacher[np.arange(NUM_GAMES), actions]
+            gaps = teacher_q_values.max(axis=1) - teacher_q_values[np.arange(NUM_GAMES), actions]
             envs.step_async(qdagger.epsilon_greedy(rng, EPSILON, q_values))
             result = envs.step_wait()
             observations = result.observations
             steps, largest_gaps = steps + 1, np.maximum(largest_gaps, gaps)
-            for game in np.flatnonzero(going_on & (result.rewards != 0)):
+            for game in np.flatnonzero(unfinished & (result.rewards != 0)):
                 point = int(steps[game]), int(result.rewards[game]), round(float(largest_gaps[game]), 3)
                 games[game].append(point)
                 steps[game] = largest_gaps[game] = 0
             for finished in result.finished_games:
-                going_on[finished.env_index] = False
+                unfinished[finished.env_index] = False
     print(json.dumps(games))
 
 
